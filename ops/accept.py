@@ -1,0 +1,182 @@
+"""Verification: how many drafted tokens stand, what is emitted behind them, and the token history they are written to.
+
+Shapes: B rows, N window tokens (the root plus K = N - 1 drafts), V vocabulary, C token slots of a row, E
+end-of-sequence ids. Slot j of the window predicts the token at position ``cache_len + 1 + j``; ``window[:, j + 1]`` is
+what the draft put there.
+
+``count_accepted`` and ``residual_weights`` are the mathematics of ``accept_sampled`` without its randomness: the op is
+made of them, and so is the enumeration in the tests which shows that the emitted tokens follow the target's law.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM, race, uniform
+
+
+def _leading(hits: Tensor) -> Tensor:
+    """Number of leading True of bool [B, K]: int64 [B]."""
+    return hits.cumprod(1).sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# accept_greedy
+
+
+@torch.library.custom_op("spec_compile::accept_greedy", mutates_args=())
+def accept_greedy(window_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """Number of tokens a greedy round emits: the drafts the target would have chosen itself, and one more.
+
+    Args:
+        window_ids: int64 [B, N], root and drafts.
+        target_ids: int64 [B, N], the target's choice at each slot; ``target_ids[:, :accept_length]`` are emitted.
+
+    Returns:
+        accept_length, int32 [B], 1..N.
+    """
+    return (_leading(window_ids[:, 1:] == target_ids[:, :-1]) + 1).to(torch.int32)
+
+
+@accept_greedy.register_fake
+def accept_greedy_fake(window_ids, target_ids) -> Tensor:
+    return window_ids.new_empty(window_ids.shape[0], dtype=torch.int32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# accept_sampled
+
+
+def acceptance_probability(target_prob: Tensor, draft_prob: Tensor | None) -> Tensor:
+    """min(1, p / q) of drafted tokens; q is 1 without ``draft_prob``. A token neither would draw (0 / 0) gives NaN."""
+    ratio = target_prob if draft_prob is None else target_prob / draft_prob
+    return ratio.clamp(max=1.0)
+
+
+def count_accepted(window_ids: Tensor, draft_probs: Tensor | None, target_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Number of drafts accepted before the first rejection: int64 [B], 0..K.
+
+    Args:
+        window_ids, draft_probs, target_probs: as in ``accept_sampled``.
+        uniforms: [B, K], one acceptance test each.
+    """
+    drafted = window_ids[:, 1:, None]  # [B, K, 1]
+    target_prob = target_probs[:, :-1].gather(2, drafted)[..., 0]  # [B, K]
+    draft_prob = None if draft_probs is None else draft_probs.gather(2, drafted)[..., 0]
+    return _leading(uniforms < acceptance_probability(target_prob, draft_prob))  # NaN compares false: rejected
+
+
+def residual_weights(window_ids: Tensor, draft_probs: Tensor | None, target_probs: Tensor, accepted: Tensor) -> Tensor:
+    """What the token behind the accepted drafts is drawn from: unnormalised [B, V].
+
+    After a rejection (p - q)+, or p without the drafted token when q is one-hot; p when every draft was accepted.
+    """
+    num_drafts = window_ids.shape[1] - 1
+    vocab_size = target_probs.shape[2]
+    target = target_probs.gather(1, accepted[:, None, None].expand(-1, 1, vocab_size))[:, 0]  # [B, V]
+    if num_drafts == 0:
+        return target
+    rejected = accepted.clamp(max=num_drafts - 1)[:, None]  # [B, 1]; meaningless when all were accepted
+    if draft_probs is None:
+        weights = target.scatter(1, window_ids.gather(1, rejected + 1), 0.0)
+    else:
+        draft = draft_probs.gather(1, rejected[:, :, None].expand(-1, 1, vocab_size))[:, 0]
+        weights = (target - draft).clamp(min=0.0)
+    # Rounding can reject a token where p == q up to the last bit; nothing is left then, and p is as good as it gets.
+    keep_target = (accepted[:, None] == num_drafts) | (weights.amax(1, keepdim=True) <= 0)
+    return torch.where(keep_target, target, weights)
+
+
+@torch.library.custom_op("spec_compile::accept_sampled", mutates_args=())
+def accept_sampled(
+    window_ids: Tensor, draft_probs: Tensor | None, target_probs: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exact speculative sampling on a chain (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
+
+    Draft j is accepted with min(1, p / q). The first rejected one is replaced by a sample of norm((p - q)+); after K
+    accepted drafts one more token is sampled from p. The emitted tokens follow the target's law exactly, *provided
+    that* ``draft_probs`` is what the drafts were sampled from: a draft chosen by argmax, top-k or look-up is one-hot.
+
+    Args:
+        window_ids: int64 [B, N], root and drafts.
+        draft_probs: float32 [B, K, V] the drafts were sampled from, or None when they were chosen without chance.
+        target_probs: float32 [B, N, V].
+        seed: int64 [B].
+        position: int32 [B], the root's position (``cache_len``); slot j uses the noise of ``position + 1 + j``.
+
+    Returns:
+        emitted int64 [B, N], the last emitted token repeated behind ``accept_length``; accept_length int32 [B], 1..N.
+    """
+    num_drafts = window_ids.shape[1] - 1
+    slot = torch.arange(num_drafts + 1, device=window_ids.device)  # [N]
+    first = position.long() + 1  # [B]
+    uniforms = uniform(seed[:, None], first[:, None] + slot[:-1], ACCEPT_STREAM)  # [B, K]
+    accepted = count_accepted(window_ids, draft_probs, target_probs, uniforms)
+    weights = residual_weights(window_ids, draft_probs, target_probs, accepted)
+    last = race(weights, seed, first + accepted, TARGET_STREAM)[:, None]  # [B, 1]
+    drafted = torch.cat([window_ids[:, 1:], last], 1)  # [B, N]
+    return torch.where(slot < accepted[:, None], drafted, last), (accepted + 1).to(torch.int32)
+
+
+@accept_sampled.register_fake
+def accept_sampled_fake(window_ids, draft_probs, target_probs, seed, position) -> tuple[Tensor, Tensor]:
+    return window_ids.new_empty(window_ids.shape), window_ids.new_empty(window_ids.shape[0], dtype=torch.int32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# commit_tokens
+
+
+@torch.library.custom_op("spec_compile::commit_tokens", mutates_args=("tokens", "cache_len", "finished"))
+def commit_tokens(
+    tokens: Tensor,
+    cache_len: Tensor,
+    finished: Tensor,
+    emitted: Tensor,
+    accept_length: Tensor,
+    end_len: Tensor,
+    eos_ids: Tensor,
+) -> Tensor:
+    """Append a round's tokens to the history and advance: cut behind the first end-of-sequence and at the length limit.
+
+    Before the call ``tokens[b, : cache_len[b] + 1]`` is known (the root included), after it again. A finished row does
+    not move, so one round too many changes nothing.
+
+    Args:
+        tokens: int64 [B, C], written.
+        cache_len: int32 [B], written: advanced by the result.
+        finished: bool [B], written: set on an end-of-sequence token and when the row has ``end_len`` tokens.
+        emitted: int64 [B, N].
+        accept_length: int32 [B], how many of ``emitted`` count.
+        end_len: int32 [B], most tokens a row may have; C if that is less.
+        eos_ids: int64 [E]; -1 matches nothing.
+
+    Returns:
+        int32 [B], the number of tokens appended: 0..N.
+    """
+    capacity, num_tokens = tokens.shape[1], emitted.shape[1]
+    slot = torch.arange(num_tokens, device=tokens.device)  # [N]
+    length = cache_len.long() + 1  # [B]
+    limit = end_len.long().clamp(max=capacity)
+    count = torch.minimum(accept_length.long(), limit - length).clamp(0, num_tokens)
+    is_eos = (emitted[:, :, None] == eos_ids).any(2) & (emitted >= 0)  # [B, N]
+    past_eos = is_eos.cumsum(1) - is_eos.long() > 0
+    count = torch.minimum(count, (~past_eos).sum(1)).masked_fill(finished, 0)
+    ended = (is_eos & (slot < count[:, None])).any(1) | (length + count >= limit)
+
+    # Slots behind the count repeat the last write, and a row without any rewrites its root: no index is out of range
+    # and no two writes to one place differ.
+    source = torch.minimum(slot, count[:, None] - 1)  # [B, N]; -1 in rows that append nothing
+    target = (length[:, None] + source).clamp(0, capacity - 1)
+    value = torch.where(source >= 0, emitted.gather(1, source.clamp(min=0)), tokens.gather(1, target))
+    tokens.scatter_(1, target, value)
+    count = count.to(torch.int32)
+    cache_len.add_(count)
+    finished.logical_or_(ended)
+    return count
+
+
+@commit_tokens.register_fake
+def commit_tokens_fake(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
+    return accept_length.new_empty(accept_length.shape, dtype=torch.int32)
