@@ -1,0 +1,73 @@
+"""Paged key/value caches: writing a window behind a row, and keeping only the accepted path of a token tree.
+
+Shapes: B rows, N window tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots, M pages a row can hold.
+A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``; page 0 is nobody's page.
+Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0 too, never to a live
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _window_places(page_table: Tensor, cache_len: Tensor, slot: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """(page, offset) of window slots: ``slot`` int64 [B or 1, N] -> two int64 [B, N]."""
+    position = cache_len.long()[:, None] + slot
+    index = position // page_size
+    page = page_table.long().gather(1, index.clamp(max=page_table.shape[1] - 1))
+    return page.masked_fill(index >= page_table.shape[1], 0), position % page_size
+
+
+@torch.library.custom_op("spec_compile::kv_write", mutates_args=("k_cache", "v_cache"))
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cache_len: Tensor) -> None:
+    """Write a window's keys and values behind each row's committed slots.
+
+    Args:
+        k: [B, N, Hkv, D]; v: [B, N, Hkv, Dv]. Any strides with a contiguous last dim.
+        k_cache: [P, page_size, Hkv, D], written; v_cache: [P, page_size, Hkv, Dv], written. Contiguous.
+        page_table: int32 [B, M].
+        cache_len: int32 [B]; not advanced.
+    """
+    slot = torch.arange(k.shape[1], device=k.device)[None]  # [1, N]
+    page, offset = _window_places(page_table, cache_len, slot, k_cache.shape[1])
+    k_cache[page, offset] = k.to(k_cache.dtype)
+    v_cache[page, offset] = v.to(v_cache.dtype)
+
+
+@kv_write.register_fake
+def kv_write_fake(k, v, k_cache, v_cache, page_table, cache_len) -> None:
+    return None
+
+
+@torch.library.custom_op("spec_compile::kv_commit", mutates_args=("caches",))
+def kv_commit(caches: Sequence[Tensor], page_table: Tensor, cache_len: Tensor, path: Tensor) -> None:
+    """Move the accepted path of a token tree to the front of the window, in every cache.
+
+    Slot ``cache_len + j`` gets what slot ``cache_len + path[b, j]`` held before the call. One op takes all layers, and
+    takes each cache once: passing a cache beside its own clone reads what it writes under Inductor (pytorch#198260).
+
+    Args:
+        caches: tensors [P, page_size, ...], contiguous, of any dtypes and row sizes; written. All share ``page_size``.
+        page_table: int32 [B, M].
+        cache_len: int32 [B], the committed slots before this window; not advanced.
+        path: int32 [B, N]; the window index of the j-th accepted token. ``path[b, j] >= j`` (a node stands behind its
+            ancestors); ``path[b, j] == j`` stays, and so does a slot marked -1.
+    """
+    stay = torch.arange(path.shape[1], device=path.device)[None]  # [1, N]
+    source = torch.where(path < 0, stay, path.long())
+    if path.device.type == "cpu" and bool((source == stay).all()):  # a host read is free there
+        return
+    page_size = caches[0].shape[1]
+    from_page, from_offset = _window_places(page_table, cache_len, source, page_size)
+    to_page, to_offset = _window_places(page_table, cache_len, stay, page_size)
+    for cache in caches:
+        cache[to_page, to_offset] = cache[from_page, from_offset]  # the right side is a copy: read before written
+
+
+@kv_commit.register_fake
+def kv_commit_fake(caches, page_table, cache_len, path) -> None:
+    return None
