@@ -1,9 +1,9 @@
 """Paged key/value caches: writing a window behind a row, and keeping only the accepted path of a token tree.
 
-Shapes: B rows, N window tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots, M pages a row can hold.
-A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``; page 0 is nobody's page.
-Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0 too, never to a live
-one.
+Shapes: B rows, N window tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots, M pages a row can
+hold. A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``; page 0 is
+nobody's page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0 too,
+never to a live one.
 """
 
 from __future__ import annotations
