@@ -1,0 +1,1 @@
+"""Everything that knows transformers: capturing a module as a graph, binding generate(), loading checkpoints."""

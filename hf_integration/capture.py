@@ -1,0 +1,168 @@
+"""Capture: a Hugging Face causal LM's forward becomes one FX graph with one attention op a layer.
+
+Dynamo does the tracing (``fullgraph=True``), through a ``torch.compile`` backend that keeps the graph and stops before
+anything runs. Weights, caches and inputs arrive as placeholders; each is bound by identity to what it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from spec_compile.errors import CaptureError, SpecCompileError
+from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context
+from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
+
+# One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
+_PREFILL_EXAMPLE_TOKENS = 24
+
+
+class _Captured(Exception):
+    """Raised in place of running the captured graph: only the graph is wanted."""
+
+
+def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str) -> StageGraph:
+    """The forward over windows ``input_ids`` [batch, num_tokens] at explicit ``position_ids``, with static shapes.
+
+    Raises:
+        CaptureError: the architecture cannot be captured; says why.
+    """
+    return _capture(model, batch, num_tokens, stage, dynamic_length=False)
+
+
+def capture_prefill(model: PreTrainedModel) -> StageGraph:
+    """The forward over packed prompts ``input_ids`` [1, T], T dynamic.
+
+    Raises:
+        CaptureError: the architecture cannot be captured; says why.
+    """
+    return _capture(model, 1, _PREFILL_EXAMPLE_TOKENS, "prefill", dynamic_length=True)
+
+
+def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dynamic_length: bool) -> StageGraph:
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+    position_ids = torch.arange(num_tokens, device=device).expand(batch, -1).contiguous()
+    captured: list[StageGraph] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_context(model, batch) as context:
+            inputs = {id(input_ids): "input_ids", id(position_ids): "position_ids"}
+            inputs |= {id(context.page_table): "page_table", id(context.cache_len): "cache_len"}
+
+            def backend(gm: fx.GraphModule, example_inputs: list):
+                captured.append(StageGraph(_bind(gm, example_inputs, inputs, context), stage))
+
+                def stop(*_args):
+                    raise _Captured
+
+                return stop
+
+            def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+                out = model(
+                    input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True
+                )
+                return out.logits
+
+            if dynamic_length:
+                torch._dynamo.mark_dynamic(input_ids, 1)
+                torch._dynamo.mark_dynamic(position_ids, 1)
+            _trace(model, forward, backend, (input_ids, position_ids))
+    finally:
+        model.train(was_training)
+    if len(captured) != 1:
+        raise CaptureError(_message(model, f"its forward became {len(captured)} graphs instead of one"))
+    graph = finish(captured[0])
+    _check(model, graph)
+    return graph
+
+
+def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -> None:
+    # A code object of its own: Dynamo's recompile limit counts per code object, and every capture is its own function.
+    fresh = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    # Only what is marked dynamic is: left to itself, Dynamo would compare this trace with an earlier one of another model.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
+    try:
+        with static:
+            torch.compile(fresh, backend=backend, fullgraph=True)(*args)
+    except _Captured:
+        pass
+    except SpecCompileError as error:
+        raise CaptureError(_message(model, str(error))) from error
+    except Exception as error:
+        cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
+        raise CaptureError(_message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))) from error
+    finally:
+        torch._dynamo.eval_frame.remove_from_cache(fresh)
+
+
+def _chain(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _message(model: PreTrainedModel, reason: str) -> str:
+    return (
+        f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be captured: {reason} "
+        "The model is unchanged and its plain generate() still works; leave spec_compile() out for it."
+    )
+
+
+def _bind(gm: fx.GraphModule, example_inputs: list, inputs: dict[int, str], context: CaptureContext) -> fx.GraphModule:
+    """Give every placeholder ``meta["binding"]``; constants that Dynamo stored as attributes become placeholders too."""
+    slots = {id(tensor): CacheSlot(*key) for key, tensor in context.slots.items()}
+    gm = copy.copy(gm)
+    for node, value in zip(placeholders(gm), example_inputs, strict=True):
+        node.meta["binding"] = _binding(value, inputs, slots)
+    last = placeholders(gm)[-1]
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr"]:
+        value = _attribute(gm, node.target)
+        if not isinstance(value, Tensor):
+            continue
+        with gm.graph.inserting_after(last):
+            constant = gm.graph.placeholder(f"constant_{str(node.target).replace('.', '_')}")
+        constant.meta = {**node.meta, "binding": value.detach()}
+        node.replace_all_uses_with(constant)
+        gm.graph.erase_node(node)
+        last = constant
+    gm.recompile()
+    return gm
+
+
+def _binding(value: object, inputs: dict[int, str], slots: dict[int, CacheSlot]) -> Binding:
+    if id(value) in inputs:
+        return RuntimeInput(inputs[id(value)])
+    if id(value) in slots:
+        return slots[id(value)]
+    if isinstance(value, Tensor):
+        return value
+    return RuntimeInput("num_tokens")  # the symbolic packed length
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> object:
+    value: object = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(model: PreTrainedModel, graph: StageGraph) -> None:
+    """One attention op for each layer, each on its own layer's cache."""
+    layers = [
+        node.meta["binding"].layer
+        for node in placeholders(graph.gm)
+        if isinstance(node.meta["binding"], CacheSlot) and node.meta["binding"].part != "v"
+    ]
+    expected = list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
+    if sorted(layers) != expected:
+        raise CaptureError(
+            _message(model, f"it has {len(expected)} layers but layers {sorted(layers)} reach the attention interface.")
+        )

@@ -1,0 +1,235 @@
+"""The ``torch`` provider: plain PyTorch, for CPUs and as the answer to any node no kernel takes.
+
+On a CPU each row reads just its own live keys and values, as a view of the cache when a row has one page (the pool gives
+CPU rows one page each), grouped by key/value head instead of repeated. On a GPU it is the reference: no host sync, but it
+reads every page a row could hold, so ``explain()`` names that cost.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops import attention as generic
+from spec_compile.ops.providers import AttentionNode, Availability
+
+NAME = "torch"
+
+
+def probe() -> Availability:
+    return Availability(version=torch.__version__)
+
+
+def supports(node: AttentionNode, hardware: Hardware) -> str | None:
+    return None
+
+
+def lower(node: AttentionNode) -> torch._ops.OpOverload:
+    return getattr(torch.ops.spec_compile, f"{node.op}_torch").default
+
+
+def warm_up(node: AttentionNode, device: torch.device) -> None:
+    pass
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One row on a CPU
+
+
+def _live(cache: Tensor, pages: list[int], start: int, end: int) -> Tensor:
+    """Slots start..end of one row: [end - start, ...]; a view when they lie in one page."""
+    page_size = cache.shape[1]
+    first, last = start // page_size, (end - 1) // page_size
+    if first == last:
+        return cache[pages[first], start - first * page_size : end - first * page_size]
+    rows = torch.cat([cache[page] for page in pages[first : last + 1]])
+    return rows[start - first * page_size : end - first * page_size]
+
+
+def _attend_row(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """q [N, Hq, D] over k [S, Hkv, D], v [S, Hkv, Dv]; visible [N, S] or None for all; [N, Hq, Dv]."""
+    if softcap > 0 or sinks is not None:
+        if visible is None:
+            visible = q.new_ones(q.shape[0], k.shape[0], dtype=torch.bool)
+        return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
+    num_tokens, num_heads, _ = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    # Query heads of one key/value head become more query rows, so that no key or value is repeated.
+    grouped = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, G * N, D]
+    mask = None if visible is None else visible.repeat(group, 1)  # [G * N, S]
+    out = F.scaled_dot_product_attention(
+        grouped[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, scale=scale
+    )[0]  # [Hkv, G * N, Dv]
+    return out.unflatten(1, (group, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _row_visibility(tree: Tensor | None, length: int, start: int, num_tokens: int, window: int) -> Tensor | None:
+    """bool [N, S] over slots start..length + N, or None when one token sees them all."""
+    if num_tokens == 1:
+        return None  # ``start`` already clipped the window
+    if tree is None:
+        tree = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    prefix = torch.ones(num_tokens, length - start, dtype=torch.bool)
+    visible = torch.cat([prefix, tree], 1)
+    if window > 0:
+        depth = tree.sum(1) - 1  # [N]
+        position = torch.cat([torch.arange(start, length), length + depth])
+        visible &= (length + depth)[:, None] - position[None] < window
+    return visible
+
+
+def _attend_rows(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    batch, num_tokens, num_heads, _ = q.shape
+    out = q.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
+    lengths, tables = cache_len.tolist(), page_table.tolist()
+    trees = None if tree_mask is None else generic.window_visibility(tree_mask, batch, num_tokens, q.device)
+    for row, (length, pages) in enumerate(zip(lengths, tables, strict=True)):
+        start = max(0, length - window + 1) if window > 0 else 0
+        k, v = (_live(cache, pages, start, length + num_tokens) for cache in (k_cache, v_cache))
+        tree = None if trees is None else trees[row]
+        visible = _row_visibility(tree, length, start, num_tokens, window)
+        out[row] = _attend_row(q[row], k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The lowered ops
+
+
+@torch.library.custom_op("spec_compile::attention_torch", mutates_args=("k_cache", "v_cache"))
+def attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``attention`` in plain PyTorch."""
+    if q.device.type != "cpu":
+        return generic.attention._init_fn(
+            q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
+        )
+    generic.append_window(k, k_cache, page_table, cache_len)
+    generic.append_window(v, v_cache, page_table, cache_len)
+    return _attend_rows(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks)
+
+
+attention_torch.register_fake(generic.attention_fake)
+
+
+@torch.library.custom_op("spec_compile::mla_attention_torch", mutates_args=("kv_cache",))
+def mla_attention_torch(
+    q: Tensor,
+    kv: Tensor,
+    kv_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    v_dim: int,
+) -> Tensor:
+    """``mla_attention`` in plain PyTorch."""
+    if q.device.type != "cpu":
+        return generic.mla_attention._init_fn(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
+    generic.append_window(kv, kv_cache, page_table, cache_len)
+    latent = kv_cache[:, :, None]  # [P, page_size, 1, C + R]
+    return _attend_rows(
+        q, latent, latent[..., :v_dim], page_table, cache_len, tree_mask, scale, 0, 0.0, None
+    ).contiguous()
+
+
+mla_attention_torch.register_fake(generic.mla_attention_fake)
+
+
+def _attend_prompts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv], prompt by prompt."""
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+    bounds = cu_seqlens.tolist()
+    group = q.shape[1] // k.shape[1]
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if begin == end:
+            continue
+        qs, ks, vs = q[begin:end], k[begin:end], v[begin:end]
+        size = end - begin
+        if softcap > 0 or sinks is not None or 0 < window < size:
+            distance = torch.arange(size)[:, None] - torch.arange(size)[None]
+            visible = (distance >= 0) & (distance < window if window > 0 else True)
+            out[begin:end] = _attend_row(qs, ks, vs, visible, scale, softcap, sinks)
+            continue
+        # The group becomes a batch over which keys and values are broadcast, not copied.
+        grouped = qs.unflatten(1, (-1, group)).permute(2, 1, 0, 3)  # [G, Hkv, S, D]
+        keys, values = (x.transpose(0, 1).expand(group, -1, -1, -1) for x in (ks, vs))
+        result = F.scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=scale)
+        out[begin:end] = result.permute(2, 1, 0, 3).flatten(1, 2)
+    return out
+
+
+@torch.library.custom_op("spec_compile::prefill_attention_torch", mutates_args=("k_cache", "v_cache"))
+def prefill_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``prefill_attention`` in plain PyTorch; prompt by prompt on any device (reads ``cu_seqlens`` on the host)."""
+    generic.write_packed(k, k_cache, page_table, cu_seqlens)
+    generic.write_packed(v, v_cache, page_table, cu_seqlens)
+    if q.device.type != "cpu" and (softcap > 0 or sinks is not None or window > 0):
+        visible = generic._packed_visibility(cu_seqlens, q.shape[0], window)
+        return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
+    return _attend_prompts(q, k, v, cu_seqlens, scale, window, softcap, sinks)
+
+
+prefill_attention_torch.register_fake(generic.prefill_attention_fake)
+
+
+@torch.library.custom_op("spec_compile::mla_prefill_attention_torch", mutates_args=("kv_cache",))
+def mla_prefill_attention_torch(
+    q: Tensor, kv: Tensor, kv_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, scale: float, v_dim: int
+) -> Tensor:
+    """``mla_prefill_attention`` in plain PyTorch; prompt by prompt."""
+    generic.write_packed(kv, kv_cache, page_table, cu_seqlens)
+    latent = kv[:, None]  # [T, 1, C + R]
+    return _attend_prompts(q, latent, latent[..., :v_dim], cu_seqlens, scale, 0, 0.0, None)
+
+
+mla_prefill_attention_torch.register_fake(generic.mla_prefill_attention_fake)

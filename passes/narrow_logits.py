@@ -1,0 +1,56 @@
+"""Pass 2: compute the language-model head only where its result is used.
+
+Needs: a graph whose single output is the logits [.., V], reached from one linear by elementwise ops.
+Leaves true: prefill graphs compute logits of each prompt's last token only ([1, B, V], rows given by the runtime input
+``logit_index``); with ``argmax=True`` the output is the greedy token ids and the logits never leave the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from spec_compile.errors import CaptureError
+from spec_compile.passes.graph import StageGraph, add_runtime_input, fake, finish
+
+
+def narrow_logits(graph: StageGraph, *, argmax: bool) -> StageGraph:
+    """Keep the head's work to what the stage reads.
+
+    Args:
+        argmax: return int64 token ids (the lowest id on ties, as ``torch.argmax`` does) instead of logits.
+
+    Raises:
+        CaptureError: the output is not reached from one linear by elementwise ops.
+    """
+    output = next(n for n in graph.gm.graph.nodes if n.op == "output")
+    logits = output.args[0][0] if isinstance(output.args[0], tuple | list) else output.args[0]
+    if graph.stage == "prefill":
+        head = _head_linear(logits)
+        hidden = head.args[0]  # [1, T, H]
+        index = add_runtime_input(graph, "logit_index", fake(hidden).new_empty(2, dtype=torch.int64))
+        with graph.gm.graph.inserting_before(head):
+            rows = graph.gm.graph.call_method("index_select", (hidden, 1, index))
+        rows.meta["example_value"] = fake(hidden).index_select(1, fake(index))
+        head.update_arg(0, rows)
+        graph.note("narrow_logits: the head sees the last token of each prompt")
+    if argmax:
+        with graph.gm.graph.inserting_before(output):
+            ids = graph.gm.graph.call_method("argmax", (logits, -1))
+        ids.meta["example_value"] = fake(logits).argmax(-1)
+        logits = ids
+        graph.note("narrow_logits: greedy; token ids leave the graph, logits do not")
+    output.args = ((logits,),)
+    return finish(graph)
+
+
+def _head_linear(logits: fx.Node) -> fx.Node:
+    """The linear whose last dim is the vocabulary, behind any soft-capping and scaling."""
+    node, steps = logits, 0
+    while isinstance(node, fx.Node) and steps < 16:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and name == "linear":
+            return node
+        node = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg.op != "placeholder"), None)
+        steps += 1
+    raise CaptureError("the logits are not the result of one linear layer; narrow_logits cannot find the head.")

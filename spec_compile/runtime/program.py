@@ -1,0 +1,131 @@
+"""A stage graph made callable: segments compiled by Inductor (each distinct one once), inputs bound to weights and caches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import spec_compile.ops
+from spec_compile.hardware import Hardware
+from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, placeholders
+from spec_compile.passes.partition import segment_key
+
+Caches = dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv") -> [P, page_size, ...]
+
+
+class CacheSalt(CustomGraphPass):
+    """Does nothing but enter Inductor's disk-cache key: torch keys a custom op by its name only, so a changed op would
+    meet a stale artifact (pytorch#160472). The salt is the library's version and the hash of its op sources."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return self.key
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """sha256 over every source file of the op room."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(spec_compile.ops.__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class SegmentCompiler:
+    """Compiles segments with Inductor on their first real inputs; the same segment of another layer or stage is free.
+
+    Attributes:
+        mode: ``"inductor"`` or ``"none"``.
+        seconds: time spent compiling.
+    """
+
+    mode: str
+    hardware: Hardware
+    seconds: float = 0.0
+    artifacts: dict[str, Callable] = field(default_factory=dict)
+
+    def prepare(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """Replace every segment of a partitioned graph by its compiled form."""
+        if self.mode == "none":
+            return gm
+        for name, segment in list(gm.named_children()):
+            setattr(gm, name, CompiledSegment(segment, segment_key(segment), self))
+        return gm
+
+    def compile(self, key: str, segment: fx.GraphModule, args: tuple) -> Callable:
+        if key not in self.artifacts:
+            start = time.perf_counter()
+            salt = CacheSalt(f"spec_compile {source_hash()} {self.hardware.arch}")
+            detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+            self.artifacts[key] = torch._inductor.compile(
+                segment, detached, options={"post_grad_custom_pre_pass": salt, **_inductor_options(self.hardware)}
+            )
+            self.seconds += time.perf_counter() - start
+        return self.artifacts[key]
+
+
+def _inductor_options(hardware: Hardware) -> dict[str, object]:
+    return {"triton.cudagraphs": False} if hardware.is_cuda else {}
+
+
+class CompiledSegment(nn.Module):
+    """A segment that compiles itself on its first call."""
+
+    def __init__(self, segment: fx.GraphModule, key: str, compiler: SegmentCompiler) -> None:
+        super().__init__()
+        object.__setattr__(self, "source", segment)  # not a submodule: its parameters are the caller's business
+        self.key, self.compiler, self.artifact = key, compiler, None
+
+    def forward(self, *args):
+        if self.artifact is None:
+            self.artifact = self.compiler.compile(self.key, self.source, args)
+            object.__setattr__(self, "source", None)
+        out = self.artifact(*args)
+        # split_module expects a segment with one output to return it bare; Inductor's callables return a sequence.
+        return out[0] if isinstance(out, list | tuple) and len(out) == 1 else out
+
+
+@dataclass
+class StageProgram:
+    """A stage, ready to run: ``program(input_ids=…, position_ids=…, page_table=…, …)`` returns logits or token ids.
+
+    Attributes:
+        report: what each pass did.
+    """
+
+    gm: fx.GraphModule
+    bindings: list
+    report: list[str]
+    bound: list = field(default_factory=list)
+
+    def bind(self, caches: Caches) -> None:
+        """Fix every weight and cache; only runtime inputs stay open."""
+        self.bound = [
+            caches[b.layer, b.part] if isinstance(b, CacheSlot) else b if isinstance(b, RuntimeInput) else b.detach()
+            for b in self.bindings
+        ]
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Tensor | int) -> Tensor:
+        args = [inputs[b.name] if isinstance(b, RuntimeInput) else b for b in self.bound]
+        return self.gm(*args)[0]
+
+
+def build_program(graph: StageGraph, compiler: SegmentCompiler) -> StageProgram:
+    """The program of a partitioned graph; unbound."""
+    bindings = [node.meta["binding"] for node in placeholders(graph.gm)]
+    return StageProgram(compiler.prepare(graph.gm), bindings, graph.report)
