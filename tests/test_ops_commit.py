@@ -1,0 +1,120 @@
+"""commit_tokens against a list that tokens are appended to: what is written, where it is cut, what stands still."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from spec_compile.ops.accept import commit_tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def commit_by_hand(text, finished, emitted, count, end, capacity, eos):
+    """One row as a list: (text, finished, appended)."""
+    if finished:
+        return text, True, 0
+    start, end = len(text), min(end, capacity)
+    for token in emitted[:count]:
+        if len(text) >= end:
+            break
+        text = [*text, token]
+        if token in eos:
+            finished = True
+            break
+    return text, finished or len(text) >= end, len(text) - start
+
+
+def test_commit_against_a_loop():
+    capacity, num_tokens, batch = 16, 5, 400
+    cache_len = torch.randint(0, capacity, (batch,), dtype=torch.int32)
+    finished = torch.rand(batch) < 0.2
+    tokens = torch.randint(2, 12, (batch, capacity))
+    emitted = torch.randint(0, 12, (batch, num_tokens))
+    count = torch.randint(0, num_tokens + 1, (batch,), dtype=torch.int32)
+    end_len = torch.randint(1, capacity + 8, (batch,), dtype=torch.int32)
+    eos_ids = torch.tensor([3, -1, 7])
+    before = tokens.clone(), cache_len.clone(), finished.clone()
+
+    appended = commit_tokens(tokens, cache_len, finished, emitted, count, end_len, eos_ids)
+
+    assert appended.dtype == torch.int32
+    cuts = set()
+    for b in range(batch):
+        known = int(before[1][b]) + 1
+        text, ended, length = commit_by_hand(
+            before[0][b, :known].tolist(),
+            bool(before[2][b]),
+            emitted[b].tolist(),
+            int(count[b]),
+            int(end_len[b]),
+            capacity,
+            {3, 7},
+        )
+        assert int(appended[b]) == length and bool(finished[b]) == ended
+        assert int(cache_len[b]) == len(text) - 1
+        assert tokens[b, : len(text)].tolist() == text
+        assert tokens[b, len(text) :].equal(before[0][b, len(text) :])
+        cuts.add((length, int(count[b]), ended))
+    assert len(cuts) > 20  # the random rows did cover the branches
+
+
+def commit_one(tokens, cache_len, emitted, count, end_len, eos, finished=False):
+    tokens, cache_len, finished = torch.tensor([tokens]), int32([cache_len]), torch.tensor([finished])
+    appended = commit_tokens(
+        tokens, cache_len, finished, torch.tensor([emitted]), int32([count]), int32([end_len]), torch.tensor(eos)
+    )
+    return tokens[0].tolist(), int(cache_len), bool(finished), int(appended)
+
+
+def test_commit_appends_behind_the_root():
+    result = commit_one([1, 2, 0, 0, 0, 0], 1, [5, 6, 7], 2, 6, [9])
+    assert result == ([1, 2, 5, 6, 0, 0], 3, False, 2)
+
+
+def test_commit_cuts_behind_the_first_eos():
+    result = commit_one([1, 0, 0, 0, 0, 0], 0, [5, 9, 9, 7], 4, 6, [9, -1])
+    assert result == ([1, 5, 9, 0, 0, 0], 2, True, 2)
+
+
+def test_an_eos_behind_the_accepted_tokens_does_not_count():
+    assert commit_one([1, 0, 0, 0, 0, 0], 0, [5, 6, 9], 2, 6, [9]) == ([1, 5, 6, 0, 0, 0], 2, False, 2)
+
+
+def test_commit_stops_at_end_len():
+    assert commit_one([1, 2, 0, 0, 0, 0], 1, [5, 6, 7], 3, 4, [9]) == ([1, 2, 5, 6, 0, 0], 3, True, 2)
+    assert commit_one([1, 2, 0, 0, 0, 0], 1, [5, 6, 7], 3, 5, [9]) == ([1, 2, 5, 6, 7, 0], 4, True, 3)
+    assert commit_one([1, 2, 0, 0, 0, 0], 1, [5, 6, 7], 3, 6, [9]) == ([1, 2, 5, 6, 7, 0], 4, False, 3)
+    assert commit_one([1, 2, 0, 0, 0, 0], 1, [5, 6, 7], 3, 2, [9]) == ([1, 2, 0, 0, 0, 0], 1, True, 0)
+
+
+def test_commit_never_leaves_the_buffer():
+    assert commit_one([1, 2, 3, 0], 2, [5, 6, 7], 3, 99, [9]) == ([1, 2, 3, 5], 3, True, 1)
+    assert commit_one([1, 2, 3, 4], 3, [5, 6, 7], 3, 99, [9]) == ([1, 2, 3, 4], 3, True, 0)
+
+
+def test_a_finished_row_is_frozen():
+    assert commit_one([1, 2, 0, 0], 1, [5, 6], 2, 4, [9], finished=True) == ([1, 2, 0, 0], 1, True, 0)
+
+
+def test_padding_ids_match_no_token():
+    """A draft may mark what it does not know with -1; that is no end of the text."""
+    assert commit_one([1, 0, 0], 0, [-1, 6], 2, 3, [-1, -1])[3] == 2
+
+
+def test_opcheck():
+    state = torch.randint(9, (3, 20)), int32([3, 18, 19]), torch.tensor([False, False, True])
+    emitted = torch.randint(11, (3, 4))
+    opcheck(commit_tokens, (*state, emitted, int32([4, 4, 4]), int32([20] * 3), torch.tensor([2, -1])))
