@@ -93,6 +93,11 @@ class ModelRunner:
             program.bind(self.pool.caches)
         return True
 
+    def release(self) -> None:
+        """Free the pool and forget every program."""
+        self.pool = None
+        self._programs.clear()
+
     def prefill(self, prompts: list[Tensor], page_table: Tensor, *, argmax: bool, max_tokens: int) -> Tensor:
         """Fill the caches with ``prompts`` (int64 [len] each, row by row) and return the last tokens' logits or ids.
 

@@ -1,0 +1,71 @@
+"""``spec_compile()``: from a live Hugging Face model to the same model with a compiled, speculative ``generate()``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from spec_compile.config import SpecConfig
+from spec_compile.drafts import make_draft
+from spec_compile.errors import ConfigError
+from spec_compile.handle import SpecHandle
+from spec_compile.hardware import detect_hardware
+from spec_compile.runtime.engine import Engine
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+
+
+def spec_compile(
+    model: PreTrainedModel,
+    draft: str | PreTrainedModel | None = "ngram",
+    backend: str | Mapping[str, str] = "auto",
+    config: SpecConfig | None = None,
+    **overrides: object,
+) -> PreTrainedModel:
+    """Compile ``model`` and its draft, and put a speculative loop behind ``model.generate()``.
+
+    The same object comes back: weights, ``state_dict()``, plain ``model(...)`` and every argument of ``generate()`` keep
+    their meaning; greedy output stays what plain ``generate()`` gives, sampling keeps its distribution. What cannot be
+    accelerated runs as plain transformers and says so once.
+
+    Args:
+        model: a causal language model on a CPU or CUDA device, in eval mode for generation.
+        draft: ``"ngram"``, a smaller causal LM with the same tokenizer (object, path or hub id), or None for compiled
+            decoding without speculation.
+        backend: attention provider: ``"auto"``, a name, or a dict by stage (``"prefill"``, ``"verify"``, ``"draft"``).
+        config: options; see ``SpecConfig``.
+        **overrides: single fields of ``SpecConfig`` by keyword.
+
+    Returns:
+        ``model`` itself, with ``model.spec`` (a ``SpecHandle``) attached.
+
+    Raises:
+        CaptureError: the architecture cannot be captured; the model is left as it was.
+        BackendError: no provider, or not the named one, runs the model's attention here.
+        DraftError: the draft cannot serve this model.
+        ConfigError: an argument is out of its domain.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise ConfigError(f"model={type(model).__name__} object: pass a transformers causal language model.")
+    known = {f.name for f in dataclasses.fields(SpecConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigError(f"unknown options {unknown}; SpecConfig has {', '.join(sorted(known))}.")
+    config = dataclasses.replace(config or SpecConfig(), **overrides)
+    if getattr(model, "spec", None) is not None:
+        model.spec.remove()  # compiling again replaces, it does not stack
+
+    hardware = detect_hardware(model.get_input_embeddings().weight.device)
+    compiler = SegmentCompiler(config.compile, hardware)
+
+    def make_runner(module: PreTrainedModel, stage: str = "draft") -> ModelRunner:
+        return ModelRunner(
+            module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size
+        )
+
+    target = make_runner(model, "verify")
+    source = make_draft(draft, model, config, make_runner)
+    model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
+    return model

@@ -1,0 +1,228 @@
+"""``model.spec``: the loop behind ``generate()``, what it chose, what it measured, and how to switch it off."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from spec_compile.explain import explain
+from spec_compile.hf_integration.generate import GenerateCall, bind_generate, read_call, why_plain
+from spec_compile.runtime.decode import Timing, decode
+from spec_compile.runtime.engine import Engine, Request
+from spec_compile.runtime.lockstep import decode_lockstep
+from spec_compile.runtime.state import SamplingPlan
+from spec_compile.runtime.stats import SpecStats, acceptance
+from spec_compile.runtime.transcript import Transcript
+
+log = logging.getLogger("spec_compile")
+
+
+class SpecHandle:
+    """Attached as ``model.spec`` by ``spec_compile``."""
+
+    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
+        self._model, self._engine = model, engine
+        self._enabled = True
+        self._stats = SpecStats()
+        self._told: set[str] = set()
+        self._original_class = bind_generate(model, self._loop, self._say_plain)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What users call
+
+    def explain(self) -> str:
+        """Which provider runs which layers in which graph, why, and why not the others."""
+        return explain(self._engine)
+
+    def stats(self) -> SpecStats:
+        """Figures of the last ``generate()`` call."""
+        return self._stats
+
+    def disable(self) -> _Switch:
+        """Plain ``generate()`` from now on, or within ``with model.spec.disable():``."""
+        return _Switch(self, False)
+
+    def enable(self) -> _Switch:
+        """Speculative ``generate()`` from now on, or within ``with model.spec.enable():``."""
+        return _Switch(self, True)
+
+    def remove(self) -> None:
+        """Give the model its own class back and free pools and graphs. The weights stay where they are."""
+        self._model.__class__ = self._original_class
+        self._engine.release()
+        del self._model.spec
+
+    def generate_loop(self, model: PreTrainedModel, input_ids: Tensor, **kwargs) -> object:
+        """The loop as a callable for ``generate(custom_generate=model.spec.generate_loop)``.
+
+        transformers hands no streamer to a custom loop; plain ``model.generate(streamer=…)`` does.
+        """
+        return type(model)._sample(model, input_ids, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def _say_plain(self, reason: str) -> None:
+        self._stats = SpecStats(mode="plain")
+        if self._enabled and reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"spec_compile: this generate() call runs as plain transformers: {reason}.", stacklevel=4)
+
+    def _loop(
+        self,
+        model: PreTrainedModel,
+        plain: Callable[..., object],
+        input_ids: Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ) -> object:
+        def run_plain() -> object:
+            return plain(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+
+        if not self._enabled:
+            self._stats = SpecStats(mode="plain")
+            return run_plain()
+        reason = why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
+        if reason is not None:
+            self._say_plain(reason)
+            return run_plain()
+        call = read_call(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+        return self._run(call)
+
+    @torch.no_grad()
+    def _run(self, call: GenerateCall) -> object:
+        engine, transcript = self._engine, Transcript(call)
+        request = _request(call, engine)
+        compiling = engine.compiler.seconds + engine.capture_seconds
+        started = time.perf_counter()
+        scores = logits = None
+        if call.exact_order:
+            outcome = decode_lockstep(engine, request, transcript)
+            scores, logits = outcome.scores, outcome.raw_logits
+            lengths = [list(outcome.accept_lengths) for _ in transcript.rows]
+            drafted = [list(outcome.drafted) for _ in transcript.rows]
+            timing = Timing(rounds=len(outcome.accept_lengths))
+        else:
+            timing = Timing()
+            lengths, drafted = self._run_rounds(request, transcript, timing)
+        if call.streamer is not None:
+            call.streamer.end()
+        total = time.perf_counter() - started
+        total -= engine.compiler.seconds + engine.capture_seconds - compiling
+        self._stats = self._figures(transcript, lengths, drafted, timing, total, call)
+        sequences = transcript.sequences()
+        if not call.generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)
+
+    def _run_rounds(
+        self, request: Request, transcript: Transcript, timing: Timing
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Rounds until the transcript is complete; per row, the accept length and the drafts of each of its rounds."""
+        lengths: list[list[int]] = [[] for _ in transcript.rows]
+        drafted: list[list[int]] = [[] for _ in transcript.rows]
+        for number, result in enumerate(decode(self._engine, request, timing)):
+            for row, new in enumerate(result.tokens):
+                if new and number > 0:
+                    lengths[row].append(len(new))
+                    drafted[row].append(result.drafted)
+            if transcript.extend(result.tokens, result.finished):
+                break
+        return lengths, drafted
+
+    def _figures(
+        self,
+        transcript: Transcript,
+        lengths: list[list[int]],
+        drafted: list[list[int]],
+        timing: Timing,
+        total: float,
+        call: GenerateCall,
+    ) -> SpecStats:
+        engine = self._engine
+        verifies = sum(len(row) for row in lengths)
+        rounds = max(timing.rounds, 1)
+        decode_seconds = timing.decode or total
+        return SpecStats(
+            rounds=timing.rounds,
+            emitted_tokens=transcript.num_new_tokens,
+            accept_length=sum(map(sum, lengths)) / verifies if verifies else 0.0,
+            acceptance_by_position=acceptance(lengths, drafted),
+            accept_lengths=lengths,
+            tokens_per_second=transcript.num_new_tokens / total if total > 0 else 0.0,
+            ms_per_round=decode_seconds / rounds * 1e3,
+            host_ms_per_round=(decode_seconds - timing.waiting) / rounds * 1e3,
+            gpu_idle_fraction=timing.idle_fraction(),
+            prefill_ms=(total - timing.decode) * 1e3 if timing.decode else total * 1e3,
+            total_ms=total * 1e3,
+            compile_seconds=engine.compiler.seconds,
+            capture_seconds=engine.capture_seconds,
+            graphs=engine.captured(),
+            kv_bytes=engine.kv_bytes(),
+            mode="lockstep" if call.exact_order else "rounds",
+            simulated=engine.config.simulate_accept_length is not None,
+        )
+
+
+class _Switch:
+    """Sets the loop on or off at once; as a context manager, puts it back afterwards."""
+
+    def __init__(self, handle: SpecHandle, enabled: bool) -> None:
+        self._handle, self._before = handle, handle._enabled
+        handle._enabled = enabled
+
+    def __enter__(self) -> SpecHandle:
+        return self._handle
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._handle._enabled = self._before
+
+
+def _request(call: GenerateCall, engine: Engine) -> Request:
+    """The device's view of a call."""
+    batch, padded = call.input_ids.shape
+    ids = call.input_ids.cpu()
+    base = engine.config.seed
+    if base is None:
+        base = int(torch.randint(2**62, (1,)))  # torch.manual_seed keeps its meaning
+    plan = SamplingPlan(
+        do_sample=call.do_sample,
+        max_top_k=0 if call.top_k == 0 else 1 << (call.top_k - 1).bit_length(),
+        use_top_p=call.top_p < 1.0,
+        use_min_p=call.min_p > 0.0,
+        use_min_len=call.min_length > 0,
+    )
+    return Request(
+        prompts=[ids[row, padded - length :] for row, length in enumerate(call.prompt_lens)],
+        end_len=[length + call.max_length - padded for length in call.prompt_lens],
+        min_len=[length + call.min_length - padded if call.min_length else 0 for length in call.prompt_lens],
+        eos_ids=call.eos_ids,
+        seed=[base + row for row in range(batch)],
+        plan=plan,
+        temperature=call.temperature,
+        top_k=call.top_k,
+        top_p=call.top_p,
+        min_p=call.min_p,
+    )

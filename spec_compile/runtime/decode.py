@@ -1,0 +1,128 @@
+"""The decode loop: launch a round, and while the device works on it read the one before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spec_compile.runtime.engine import Engine, Request
+from spec_compile.runtime.policy import DraftPolicy
+from spec_compile.runtime.state import DecodeState
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round appended, on the host.
+
+    Attributes:
+        tokens: per row, the appended ids (empty for a finished row).
+        finished: per row, whether it is finished now.
+        drafted: tokens that had been drafted; 0 for prefill and plain rounds.
+        promise: the look-ahead of each row, for the policy.
+    """
+
+    tokens: list[list[int]]
+    finished: list[bool]
+    drafted: int
+    promise: list[int]
+
+
+@dataclass
+class Timing:
+    """Host-side clock of one request, in seconds; device times by events on a GPU."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    waiting: float = 0.0
+    rounds: int = 0
+    events: list[tuple] = field(default_factory=list)
+
+    def idle_fraction(self) -> float | None:
+        """Share of the time from the first round's start to the last one's end in which no round ran; None on a CPU."""
+        if len(self.events) < 2:
+            return None
+        self.events[-1][1].synchronize()
+        busy = sum(begin.elapsed_time(end) for begin, end in self.events)
+        return max(0.0, 1.0 - busy / self.events[0][0].elapsed_time(self.events[-1][1]))
+
+
+def decode(engine: Engine, request: Request, timing: Timing) -> Iterator[RoundResult]:
+    """Yield prefill's result, then every round's, until all rows are finished or the caller stops asking."""
+    state = engine.admit(request)
+    batch = len(request.prompts)
+    started = time.perf_counter()
+    first = _read(state.out, batch, 0)
+    timing.prefill += time.perf_counter() - started
+    yield first
+    if all(first.finished):
+        return
+    loop = _decode_async if engine.hardware.is_cuda else _decode_sync
+    yield from loop(engine, request, state, timing, first)
+
+
+def _read(out: Tensor, batch: int, drafted: int) -> RoundResult:
+    table = out[:batch].tolist()
+    return RoundResult(
+        tokens=[row[: row[-3]] for row in table],
+        finished=[bool(row[-2]) for row in table],
+        drafted=drafted,
+        promise=[row[-1] for row in table],
+    )
+
+
+def _decode_sync(
+    engine: Engine, request: Request, state: DecodeState, timing: Timing, last: RoundResult
+) -> Iterator[RoundResult]:
+    """On a CPU the host knows each round's result at once, and may leave hopeless drafts out of the next."""
+    policy = DraftPolicy(engine.num_steps, timed=not request.plan.do_sample)
+    knows = engine.draft is not None and engine.draft.kind == "ngram"
+    while not all(last.finished):
+        live = [i for i, done in enumerate(last.finished) if not done]
+        promise = max(last.promise[i] for i in live) if knows else None
+        num_drafts = policy.choose(promise) if engine.chooses else engine.num_steps
+        begin = time.perf_counter()
+        engine.launch(state, request.plan, num_drafts)
+        last = _read(state.out, len(request.prompts), num_drafts)
+        seconds = time.perf_counter() - begin
+        policy.observe(promise, num_drafts, sum(len(last.tokens[i]) for i in live) / len(live), seconds * 1e3)
+        timing.decode += seconds
+        timing.rounds += 1
+        yield last
+
+
+def _decode_async(
+    engine: Engine, request: Request, state: DecodeState, timing: Timing, last: RoundResult
+) -> Iterator[RoundResult]:
+    """On a GPU the host runs one round behind: it reads round r - 1 while round r runs.
+
+    The round launched after the last useful one changes nothing, because every row is finished by then.
+    """
+    batch = len(request.prompts)
+    slots = [torch.empty(state.out.shape, dtype=state.out.dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in range(2)]
+    started = time.perf_counter()
+    pending = -1
+    step = 0
+    while not all(last.finished):
+        slot = step % 2
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        engine.launch(state, request.plan, engine.num_steps)
+        slots[slot].copy_(state.out, non_blocking=True)
+        end.record()
+        copied[slot].record()
+        timing.events.append((begin, end))
+        if pending >= 0:
+            waiting = time.perf_counter()
+            copied[pending].synchronize()
+            timing.waiting += time.perf_counter() - waiting
+            last = _read(slots[pending], batch, engine.num_steps)
+            timing.rounds += 1
+            timing.decode = time.perf_counter() - started
+            yield last
+        pending = slot
+        step += 1

@@ -1,0 +1,227 @@
+"""A compiled target with its draft: buffers sized for the request, rounds run or replayed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spec_compile.config import SpecConfig
+from spec_compile.drafts.base import Draft
+from spec_compile.errors import SpecCompileError
+from spec_compile.hardware import Hardware
+from spec_compile.ops.sampling import TARGET_STREAM
+from spec_compile.runtime.graphs import GraphCache
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.progress import Progress
+from spec_compile.runtime.round import commit, run_round
+from spec_compile.runtime.state import MAX_EOS_IDS, DecodeState, SamplingPlan, new_state
+
+_SMALLEST_CAPACITY = 1024  # so that short calls do not make longer ones reallocate and recapture
+
+
+@dataclass
+class Request:
+    """One ``generate()`` call as the device sees it; one entry a row in every list.
+
+    Attributes:
+        prompts: int64 [len] on the CPU, without padding.
+        end_len: most tokens, prompt included.
+        min_len: tokens before which end-of-sequence is forbidden (0: never).
+        eos_ids: end-of-sequence ids; empty when only the length ends a row.
+        seed: of every row's randomness.
+    """
+
+    prompts: list[Tensor]
+    end_len: list[int]
+    min_len: list[int]
+    eos_ids: list[int]
+    seed: list[int]
+    plan: SamplingPlan
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Engine:
+    """Owns every buffer, program and graph of one ``spec_compile``d model."""
+
+    def __init__(
+        self,
+        target: ModelRunner,
+        draft: Draft | None,
+        compiler: SegmentCompiler,
+        hardware: Hardware,
+        config: SpecConfig,
+    ) -> None:
+        self.target, self.draft, self.compiler, self.hardware, self.config = target, draft, compiler, hardware, config
+        self.device = target.device
+        self.num_steps = draft.num_steps if draft is not None else 0
+        self.graphs = GraphCache(self.device) if hardware.is_cuda and config.cuda_graphs else None
+        self.capture_seconds = 0.0
+        self._buffers: DecodeState | None = None
+        self._warmed: set[tuple] = set()  # rounds compiled, where there is no graph to tell
+
+    def bucket(self, batch: int) -> int:
+        """Rows of the graph that serves ``batch`` rows: the next power of two on a GPU, the batch itself on a CPU."""
+        return 1 << (batch - 1).bit_length() if self.hardware.is_cuda else batch
+
+    def admit(self, request: Request) -> DecodeState:
+        """Make room for the request and prefill it: afterwards each row has its first new token.
+
+        Raises:
+            SpecCompileError: the KV pool does not fit into the device's memory.
+        """
+        rows = self.bucket(len(request.prompts))
+        # A window may reach num_steps slots past the last token that counts, and the draft writes one further.
+        self.reserve(rows, max(request.end_len) + self.num_steps + 2)
+        self._buffers.clear()
+        self.prepare(self._buffers.rows(rows), request.plan)
+        self._prefill(self.fill(rows, request), request)
+        return self._buffers.rows(rows)
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Grow the pools and the state to ``rows`` × ``capacity`` if they are smaller; graphs over the old ones are void."""
+        capacity = max(_SMALLEST_CAPACITY, 1 << (capacity - 1).bit_length())
+        if self._buffers is not None:
+            rows, capacity = max(rows, self._buffers.tokens.shape[0]), max(capacity, self._buffers.tokens.shape[1])
+        try:
+            moved = self.target.reserve(rows, capacity)
+            if self.draft is not None:
+                moved = self.draft.reserve(rows, capacity) or moved
+        except torch.OutOfMemoryError as error:
+            raise SpecCompileError(
+                f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device}: generate fewer rows or "
+                "tokens at once, or free memory. Nothing was generated yet."
+            ) from error
+        if moved or self._buffers is None:
+            if self.graphs is not None:
+                self.graphs.clear()
+            pages = self.target.pool.page_table.shape[1]
+            self._buffers = new_state(
+                rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens
+            )
+
+    def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
+        """Compile and capture every round this plan may use, over a cleared state, before the first token."""
+        variants = self.round_sizes(plan)
+        with Progress("compiling", len(variants), self.config.progress) as progress:
+            for num_drafts in variants:
+                progress.advance(f"rounds of {num_drafts + 1} tokens × {state.cache_len.shape[0]} rows")
+                if self.draft is not None and num_drafts > 0:
+                    self.draft.prepare(state.cache_len.shape[0], plan)
+                self._warm(state, plan, num_drafts)
+
+    def round_sizes(self, plan: SamplingPlan) -> list[int]:
+        """Numbers of drafts a round may have."""
+        if self.draft is None:
+            return [0]
+        return [self.num_steps, 0] if self.chooses else [self.num_steps]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether rounds may leave their drafts out: only where the host sees each round's result before the next."""
+        return self.config.adaptive and not self.hardware.is_cuda and self.config.simulate_accept_length is None
+
+    def _warm(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+        key = self._key(state, plan, num_drafts)
+        if self.graphs is not None:
+            before = time.perf_counter(), self.compiler.seconds
+            self.graphs.get(key, self._name(state, num_drafts), lambda: self._round(state, plan, num_drafts))
+            compiling = self.compiler.seconds - before[1]
+            self.capture_seconds += time.perf_counter() - before[0] - compiling
+        elif key not in self._warmed:
+            self._round(state, plan, num_drafts)  # compiles
+            self._warmed.add(key)
+
+    @staticmethod
+    def _key(state: DecodeState, plan: SamplingPlan, num_drafts: int) -> tuple:
+        return state.cache_len.shape[0], num_drafts, plan
+
+    @staticmethod
+    def _name(state: DecodeState, num_drafts: int) -> str:
+        return f"{state.cache_len.shape[0]} rows × {num_drafts + 1} tokens"
+
+    def _round(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+        run_round(
+            self.target,
+            self.draft,
+            state,
+            plan,
+            num_drafts=num_drafts,
+            simulate_accept_length=self.config.simulate_accept_length,
+        )
+
+    def launch(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+        """Run one round, or enqueue it on a GPU; its result will stand in ``state.out``."""
+        if self.graphs is None:
+            self._round(state, plan, num_drafts)
+        else:
+            self.graphs.get(self._key(state, plan, num_drafts), "", lambda: None).replay()
+
+    def fill(self, rows: int, request: Request) -> DecodeState:
+        """A state of ``rows`` rows that holds the request's prompts, the rest padding; nothing is computed."""
+        self._buffers.clear()
+        state = self._buffers.rows(rows)
+        batch = len(request.prompts)
+        for row, prompt in enumerate(request.prompts):
+            state.tokens[row, : len(prompt)] = prompt.to(self.device)
+        lengths = torch.tensor([len(p) for p in request.prompts], dtype=torch.int32)
+        state.cache_len[:batch] = (lengths - 1).to(self.device)
+        state.end_len[:batch] = torch.tensor(request.end_len, dtype=torch.int32).to(self.device)
+        state.min_len[:batch] = torch.tensor(request.min_len, dtype=torch.int32).to(self.device)
+        state.seed[:batch] = torch.tensor(request.seed, dtype=torch.int64).to(self.device)
+        state.page_table[:batch] = self.target.pool.page_table[:batch]
+        state.finished[:batch] = False
+        if len(request.eos_ids) > MAX_EOS_IDS:
+            raise SpecCompileError(f"{len(request.eos_ids)} eos_token_id values; at most {MAX_EOS_IDS} are supported.")
+        state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64).to(self.device)
+        state.temperature.fill_(request.temperature)
+        state.top_k.fill_(request.top_k)
+        state.top_p.fill_(request.top_p)
+        state.min_p.fill_(request.min_p)
+        return state
+
+    def _prefill(self, state: DecodeState, request: Request) -> None:
+        """Prefill is the round whose root is the prompt's last token and whose window is that token alone."""
+        plan, batch = request.plan, len(request.prompts)
+        live = state.rows(batch)
+        result = self.target.prefill(
+            request.prompts, live.page_table, argmax=plan.ids_only, max_tokens=self.config.max_prefill_tokens
+        )
+        if self.draft is not None:
+            self.draft.prefill(request.prompts, live)
+        commit(self.draft, live, self.first_tokens(result, live, plan)[:, None], torch.ones_like(live.cache_len))
+
+    def captured(self) -> list[tuple[str, int]]:
+        """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""
+        return [(r.name, r.nbytes) for r in self.graphs.rounds.values()] if self.graphs is not None else []
+
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pools, the draft's included."""
+        runners = [self.target, getattr(self.draft, "runner", None)]
+        return sum(r.pool.nbytes for r in runners if r is not None and r.pool is not None)
+
+    def release(self) -> None:
+        """Free pools, buffers and graphs."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self._buffers = None
+        for runner in (self.target, getattr(self.draft, "runner", None)):
+            if runner is not None:
+                runner.release()
+
+    @staticmethod
+    def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> Tensor:
+        """The tokens behind the prompts, int64 [B], from prefill's ids [B] or logits [B, V]."""
+        if plan.ids_only:
+            return result
+        logits = plan.restrict(result[:, None], state)  # [B, 1, V]
+        if not plan.do_sample:
+            return logits[:, 0].argmax(-1)
+        probs = plan.probabilities(logits, state)[:, 0]
+        return torch.ops.spec_compile.sample_token(probs, state.seed, state.cache_len + 1, TARGET_STREAM)

@@ -1,0 +1,127 @@
+"""The loop for calls whose every token must be produced for all rows together: logits processors, scores, raw logits.
+
+Each slot of a verified window goes through the processors exactly as in plain ``generate()`` — whole batch, full text,
+once per emitted token — and is then sampled; the next slot counts only if every row drew what was drafted. So any
+processor or criterion is exact, stateful ones included, and sampling keeps the target's law whatever the draft is
+("sample and match"). The price: rows wait for each other, and the host sees every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spec_compile.hf_integration.generate import GenerateCall
+from spec_compile.runtime.engine import Engine, Request
+from spec_compile.runtime.round import verify
+from spec_compile.runtime.state import DecodeState, SamplingPlan
+from spec_compile.runtime.transcript import Transcript
+
+_GREEDY = SamplingPlan()  # drafts are greedy: any draft is exact here
+
+
+@dataclass
+class LockstepResult:
+    """What the loop leaves besides the transcript.
+
+    Attributes:
+        scores, raw_logits: float32 [B, V] a token, where asked for.
+        accept_lengths: emitted tokens of each verify.
+        drafted: drafts of each verify.
+    """
+
+    scores: tuple | None
+    raw_logits: tuple | None
+    accept_lengths: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+
+def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) -> LockstepResult:
+    """Run a call to its end; ``transcript`` holds every token shown so far even if a processor raises."""
+    call = transcript.call
+    config = call.generation_config
+    wanted = config.return_dict_in_generate
+    result = LockstepResult(
+        scores=() if wanted and config.output_scores else None,
+        raw_logits=() if wanted and config.output_logits else None,
+    )
+    state, slots = _admit(engine, request)  # slots: logits [B, 1, V] behind the prompts
+    window = None
+    while True:
+        done, taken = _walk(slots, window, transcript, result)
+        if window is not None:
+            result.accept_lengths.append(taken)
+            result.drafted.append(window.shape[1] - 1)
+        if done:
+            return result
+        _advance(engine, state, transcript, taken)
+        window = _window(engine, state, transcript)
+        slots = verify(engine.target, window, state, argmax=False)
+
+
+def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor]:
+    """A state of exactly the call's rows, and the logits behind the prompts."""
+    batch = len(request.prompts)
+    engine.reserve(engine.bucket(batch), max(request.end_len) + engine.num_steps + 2)
+    state = engine.fill(batch, request)
+    logits = engine.target.prefill(
+        request.prompts, state.page_table, argmax=False, max_tokens=engine.config.max_prefill_tokens
+    )
+    if engine.draft is not None:
+        engine.draft.prepare(batch, _GREEDY)
+        engine.draft.prefill(request.prompts, state)
+    return state, logits[:, None]
+
+
+def _walk(slots: Tensor, window: Tensor | None, transcript: Transcript, result: LockstepResult) -> tuple[bool, int]:
+    """Emit tokens from the window's logits [B, N, V] as far as the drafts hold; (call complete, tokens emitted)."""
+    call = transcript.call
+    for slot in range(slots.shape[1]):
+        token, scores = _choose(slots[:, slot], call, transcript.text, result)
+        if call.has_eos:
+            token = token * transcript.unfinished + call.pad_id * (1 - transcript.unfinished)
+        if transcript.append(token, scores):
+            return True, slot + 1
+        drafted = None if window is None or slot + 1 == slots.shape[1] else window[:, slot + 1]
+        if drafted is None or not torch.equal(drafted, token):
+            break
+    return False, slot + 1
+
+
+def _choose(
+    logits: Tensor, call: GenerateCall, text: Tensor, result: LockstepResult
+) -> tuple[Tensor, tuple | None]:
+    """One column of tokens, int64 [B], by transformers' own steps."""
+    raw = logits.to(copy=True, dtype=torch.float32, device=text.device)
+    scores = call.logits_processor(text, raw)
+    if result.scores is not None:
+        result.scores += (scores,)
+    if result.raw_logits is not None:
+        result.raw_logits += (raw,)
+    if call.do_sample:
+        return torch.multinomial(torch.softmax(scores, -1), num_samples=1).squeeze(1), result.scores
+    return scores.argmax(-1), result.scores
+
+
+def _advance(engine: Engine, state: DecodeState, transcript: Transcript, taken: int) -> None:
+    """Write the last ``taken`` tokens of every row into the state and move on."""
+    new = transcript.text[:, -taken:].to(state.tokens.device)
+    at = state.cache_len.long()[:, None] + 1 + torch.arange(taken, device=state.tokens.device)
+    state.tokens.scatter_(1, at, new)
+    state.cache_len += taken
+    if engine.draft is not None:
+        engine.draft.look_ahead(state)
+
+
+def _window(engine: Engine, state: DecodeState, transcript: Transcript) -> Tensor:
+    """The next window, int64 [B, N]; finished rows are drafted as the padding they will get."""
+    root = state.tokens.gather(1, state.cache_len.long()[:, None])
+    if engine.draft is None:
+        return root
+    drafts = engine.draft.propose(state, _GREEDY).tokens
+    if transcript.call.has_eos:
+        live = transcript.unfinished.to(drafts.device)[:, None]
+        drafts = torch.where(live > 0, drafts, torch.full_like(drafts, transcript.call.pad_id))
+    return torch.cat([root, drafts], 1)

@@ -1,0 +1,75 @@
+"""From rows that advance at their own pace to the output, streamer calls and stopping checks of plain ``generate()``.
+
+transformers' loop sees one token of every row at a time: streamers are handed a column, stopping criteria the text so far.
+Rounds emit ragged runs of tokens, so columns are replayed here, each when its slowest live row has reached it. What a
+criterion cuts off was computed for nothing, never shown.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spec_compile.hf_integration.generate import GenerateCall
+
+
+class Transcript:
+    """Collects a call's tokens.
+
+    Attributes:
+        rows: per row, its new tokens so far.
+    """
+
+    def __init__(self, call: GenerateCall) -> None:
+        self.call = call
+        batch, self.prompt_len = call.input_ids.shape
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
+        self.finished = [False] * batch  # by end-of-sequence or length, as the device reports it
+        self.shown = 0  # columns replayed
+        self.text = call.input_ids  # [B, P + shown]
+        self.unfinished = torch.ones(batch, dtype=torch.long, device=call.input_ids.device)
+
+    def extend(self, tokens: list[list[int]], finished: list[bool]) -> bool:
+        """Add a round's tokens, row by row; True when the call is complete."""
+        for row, new in zip(self.rows, tokens, strict=True):
+            row += new
+        self.finished = finished
+        if not self.call.per_token:
+            return all(finished)
+        while self._column_ready():
+            column = torch.tensor([self._token(i) for i in range(len(self.rows))], device=self.text.device)
+            if self.append(column, None):
+                return True
+        return False
+
+    def _column_ready(self) -> bool:
+        live = [len(row) for row, done in zip(self.rows, self.finished, strict=True) if not done]
+        return self.shown < (min(live) if live else max(len(row) for row in self.rows))
+
+    def _token(self, row: int) -> int:
+        ended = self.call.has_eos and not bool(self.unfinished[row])
+        if ended or self.shown >= len(self.rows[row]):
+            return self.call.pad_id if self.call.pad_id is not None else 0
+        return self.rows[row][self.shown]
+
+    def append(self, column: Tensor, scores: tuple | None) -> bool:
+        """Show one token of every row (int64 [B]) to streamer and criteria, as transformers' loop does; True at the end."""
+        self.text = torch.cat([self.text, column[:, None]], 1)
+        self.shown += 1
+        if self.call.streamer is not None:
+            self.call.streamer.put(column.cpu())
+        self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
+        return int(self.unfinished.max()) == 0
+
+    def sequences(self) -> Tensor:
+        """int64 [B, P + longest row], as ``generate()`` returns it; complete even after an error mid-way."""
+        if self.call.per_token or self.call.exact_order:
+            return self.text
+        longest = max(len(row) for row in self.rows)
+        pad = self.call.pad_id if self.call.pad_id is not None else 0
+        new = torch.tensor([row + [pad] * (longest - len(row)) for row in self.rows], dtype=torch.int64)
+        return torch.cat([self.call.input_ids, new.view(len(self.rows), longest).to(self.call.input_ids.device)], 1)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(len(row) for row in self.rows) if not self.call.exact_order else self.shown * len(self.rows)
