@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,24 +20,12 @@ import bench_generate  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 
-TINY = [*"--shape tiny --device cpu --batch 1 2 --prompt-len 16 --new-tokens 16".split(), "--repeats", "2"]
-TINY += ["--max-warmups", "1"]
-    "--shape",
-    "tiny",
-    "--device",
-    "cpu",
-    "--batch",
-    "1",
-    "2",
-    "--prompt-len",
-    "16",
-    "--new-tokens",
-    "16",
+TINY = [
+    *["--shape", "tiny", "--device", "cpu", "--batch", "1", "2", "--prompt-len", "16", "--new-tokens", "16"],
     "--repeats",
     "2",
-    "--max-warmups",
-    "1",
 ]
+TINY += ["--max-warmups", "1"]
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
