@@ -1,0 +1,95 @@
+"""Merging partial attention results inside the kernel that made them: the last program of a tile to arrive does it.
+
+Method: FlashDecoding's split-KV reduction (Dao et al. 2023), without its second launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spec_compile.ops.kernels.online_softmax import normalize
+
+
+@triton.jit
+def merge_splits(
+    part_acc_ptr,  # float32 [S, BLOCK_R, DV]
+    part_stat_ptr,  # float32 [S, 2, BLOCK_R]
+    sinks_ptr,
+    out_ptr,  # [N, HKV * G, DV]
+    live,
+    head,
+    m_tile,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    HKV: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MERGE_CHUNK: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Combine a tile's partial results. Reads bypass L1 (.cg): other programs wrote what is read here."""
+    local = tl.arange(0, BLOCK_R)
+    row = m_tile * BLOCK_M + local
+    row_ok = row < G * N
+    dv = tl.arange(0, BLOCK_DV)
+    split = tl.arange(0, BLOCK_S)
+    stat = part_stat_ptr + split[:, None] * (2 * BLOCK_R) + local[None, :]
+    ok = (split < live)[:, None] & row_ok[None, :]
+    peaks = tl.load(stat, mask=ok, other=float("-inf"), cache_modifier=".cg")  # [BLOCK_S, BLOCK_R]
+    totals = tl.load(stat + BLOCK_R, mask=ok, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 0)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(totals * tl.exp2(peaks - shift[None, :]), 0)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    for s0 in range(0, live, MERGE_CHUNK):
+        s = s0 + tl.arange(0, MERGE_CHUNK)
+        ok = (s < live)[:, None] & row_ok[None, :]
+        stat = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
+        weight = tl.exp2(tl.load(stat, mask=ok, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
+        a_ptr = part_acc_ptr + (s[:, None] * BLOCK_R + local[None, :])[:, :, None] * DV + dv[None, None, :]
+        part = tl.load(a_ptr, mask=ok[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(part * weight[:, :, None], 0)
+    sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head * G + row % G, mask=row_ok, other=0.0).to(tl.float32) * 1.4426950408889634
+    o_rows = out_ptr + ((row // G) * HKV * G + head * G + row % G) * DV
+    o = normalize(peak, total, acc, sink)
+    tl.store(o_rows[:, None] + dv[None, :], o, mask=row_ok[:, None] & (dv < DV)[None, :])
+
+
+class ArrivalCounters:
+    """Zeroed int32 counters that kernels leave zeroed. Calls take turns in the buffer, so that graphs captured from
+    different calls can run at the same time (a lap is thousands of calls)."""
+
+    SIZE = 1 << 20
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, Tensor] = {}
+        self._calls = itertools.count()
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the buffer of ``device``; must happen outside CUDA-graph capture."""
+        if device not in self._buffers:
+            self._buffers[device] = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+
+    def take(self, device: torch.device, count: int) -> Tensor:
+        if device not in self._buffers:
+            if count > self.SIZE or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                return torch.zeros(count, dtype=torch.int32, device=device)  # a buffer of the graph's own
+            self.prepare(device)
+        slot = max(32, triton.next_power_of_2(count))
+        if slot > self.SIZE:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        start = next(self._calls) * slot % self.SIZE
+        return self._buffers[device][start : start + count]
+
+
+COUNTERS = ArrivalCounters()

@@ -1,0 +1,218 @@
+"""The library's own Triton kernels: every attention op of the library, in one launch each, on any CUDA or ROCm device.
+
+Triton itself is imported by ``probe()`` and by the first call of an op, never by importing this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from spec_compile.hardware import Hardware, detect_hardware
+from spec_compile.ops.providers import AttentionNode, Availability
+
+NAME = "triton"
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM, _MAX_LATENT_DIM = 256, 512
+
+
+def probe() -> Availability:
+    """Whether Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return Availability(None, "Triton is not installed: pip install triton")
+    return Availability(importlib.metadata.version("triton"))
+
+
+def supports(node: AttentionNode, hardware: Hardware) -> str | None:
+    """None when the kernels can run ``node`` on ``hardware``, otherwise the reason why not."""
+    if not hardware.is_cuda:
+        return f"Triton needs a CUDA or ROCm device, not {hardware.name}"
+    if hardware.vendor == "nvidia" and int(hardware.arch.removeprefix("sm")) < 80:
+        return f"the kernels need compute capability 8.0 or newer, not {hardware.arch}"
+    if node.dtype not in _DTYPES:
+        return f"dtype {node.dtype} is not float16, bfloat16 or float32"
+    if node.kv_dtype != node.dtype:
+        return f"the cache's dtype {node.kv_dtype} differs from the queries' {node.dtype}"
+    if node.page_size < 16 or node.page_size & (node.page_size - 1):
+        return f"page size {node.page_size} is not a power of two of at least 16"
+    if node.num_q_heads % node.num_kv_heads:
+        return f"{node.num_q_heads} query heads are not a multiple of {node.num_kv_heads} key/value heads"
+    if node.op in ("mla_attention", "mla_prefill_attention"):
+        if not 16 <= node.v_head_dim <= _MAX_LATENT_DIM or not 0 < node.head_dim - node.v_head_dim <= 128:
+            return f"latent heads of {node.v_head_dim} + {node.head_dim - node.v_head_dim} dims are out of range"
+        return None
+    if not (16 <= node.head_dim <= _MAX_HEAD_DIM and 16 <= node.v_head_dim <= _MAX_HEAD_DIM):
+        return f"head dims {node.head_dim} and {node.v_head_dim} are not within 16..{_MAX_HEAD_DIM}"
+    return None
+
+
+def lower(node: AttentionNode) -> torch._ops.OpOverload:
+    """The op that takes the place of ``spec_compile::<node.op>``."""
+    return getattr(torch.ops.spec_compile, f"{node.op}_triton").default
+
+
+def warm_up(node: AttentionNode, device: torch.device) -> None:
+    """Compile the kernels of ``node`` and make the arrival counters, so that capture meets neither.
+
+    The tensors are views of one fused projection, as in a model: Triton specializes on the divisibility of strides.
+    """
+    from spec_compile.ops.kernels.attention_decode import COUNTERS
+
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    COUNTERS.prepare(device)
+    batch, tokens = node.batch or 1, node.num_tokens or 16
+    hq, hkv, d, dv = node.num_q_heads, node.num_kv_heads, node.head_dim, node.v_head_dim
+    lead = (batch, tokens) if node.op in ("attention", "mla_attention") else (batch * tokens,)
+    pages = -(-tokens // node.page_size) + 1
+    table = torch.zeros(batch, pages, dtype=torch.int32, device=device)  # page 0 is nobody's
+    scale = d**-0.5
+    if len(lead) == 2:
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        mask = torch.full((batch, tokens, -(-tokens // 32)), 1, dtype=torch.int32, device=device)
+        row_args = (table, lengths, mask if node.is_tree else None, scale)
+    else:
+        row_args = (table, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens, scale)
+    if node.op in ("mla_attention", "mla_prefill_attention"):
+        q = torch.zeros(*lead, hq, d, dtype=node.dtype, device=device)
+        kv = torch.zeros(*lead, d, dtype=node.dtype, device=device)
+        cache = torch.zeros(1, node.page_size, d, dtype=node.kv_dtype, device=device)
+        lower(node)(q, kv, cache, *row_args, dv)
+        return
+    fused = torch.zeros(*lead, (hq + hkv) * d + hkv * dv, dtype=node.dtype, device=device)
+    q, k, v = fused.split([hq * d, hkv * d, hkv * dv], dim=-1)
+    k_cache = torch.zeros(1, node.page_size, hkv, d, dtype=node.kv_dtype, device=device)
+    v_cache = torch.zeros(1, node.page_size, hkv, dv, dtype=node.kv_dtype, device=device)
+    sinks = torch.zeros(hq, dtype=node.dtype, device=device) if node.has_sinks else None
+    lower(node)(
+        q.unflatten(-1, (hq, d)), k.unflatten(-1, (hkv, d)), v.unflatten(-1, (hkv, dv)), k_cache, v_cache,
+        *row_args, node.window, node.softcap, sinks,
+    )  # fmt: skip
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory of one program) of a device."""
+    hardware = detect_hardware(device)
+    if hardware.vendor == "amd":
+        return hardware.num_sms, 64 * 1024
+    if hardware.vendor == "cpu":  # Triton's interpreter
+        return hardware.num_sms, 224 * 1024
+    large = {"sm80": 160, "sm87": 160, "sm90": 224, "sm100": 224, "sm103": 224}
+    return hardware.num_sms, large.get(hardware.arch, 96) * 1024
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ops: schemas of the generic ops
+
+
+@torch.library.custom_op("spec_compile::attention_triton", mutates_args=("k_cache", "v_cache"))
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``spec_compile::attention``; same arguments and result."""
+    from spec_compile.ops.kernels.attention_decode import attention_decode
+
+    num_sms, shared_memory = _limits(q.device)
+    return attention_decode(
+        q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
+        num_sms=num_sms, shared_memory=shared_memory,
+    )  # fmt: skip
+
+
+@attention_triton.register_fake
+def attention_triton_fake(
+    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+@torch.library.custom_op("spec_compile::mla_attention_triton", mutates_args=("kv_cache",))
+def mla_attention_triton(
+    q: Tensor,
+    kv: Tensor,
+    kv_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    v_dim: int,
+) -> Tensor:
+    """``spec_compile::mla_attention``; same arguments and result."""
+    from spec_compile.ops.kernels.attention_decode import attention_decode
+
+    num_sms, shared_memory = _limits(q.device)
+    return attention_decode(
+        q, kv[:, :, None], None, kv_cache[:, :, None], None, page_table, cache_len, tree_mask, scale,
+        num_sms=num_sms, shared_memory=shared_memory, v_dim=v_dim,
+    )  # fmt: skip
+
+
+@mla_attention_triton.register_fake
+def mla_attention_triton_fake(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_dim)
+
+
+@torch.library.custom_op("spec_compile::prefill_attention_triton", mutates_args=("k_cache", "v_cache"))
+def prefill_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``spec_compile::prefill_attention``; same arguments and result."""
+    from spec_compile.ops.kernels.attention_prefill import attention_prefill
+
+    return attention_prefill(
+        q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks,
+        shared_memory=_limits(q.device)[1],
+    )  # fmt: skip
+
+
+@prefill_attention_triton.register_fake
+def prefill_attention_triton_fake(
+    q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.custom_op("spec_compile::mla_prefill_attention_triton", mutates_args=("kv_cache",))
+def mla_prefill_attention_triton(
+    q: Tensor, kv: Tensor, kv_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, scale: float, v_dim: int
+) -> Tensor:
+    """``spec_compile::mla_prefill_attention``; same arguments and result."""
+    from spec_compile.ops.kernels.attention_prefill import attention_prefill
+
+    return attention_prefill(
+        q, kv[:, None], None, kv_cache[:, :, None], None, page_table, cu_seqlens, scale,
+        shared_memory=_limits(q.device)[1], v_dim=v_dim,
+    )  # fmt: skip
+
+
+@mla_prefill_attention_triton.register_fake
+def mla_prefill_attention_triton_fake(q, kv, kv_cache, page_table, cu_seqlens, scale, v_dim) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v_dim)
