@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field
 
@@ -42,6 +43,11 @@ class StageGraph:
     gm: fx.GraphModule
     stage: str
     report: list[str] = field(default_factory=list)
+
+    def copy(self) -> StageGraph:
+        """An independent graph over the same tensors, so that one capture serves several variants of a stage."""
+        gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))  # copies nodes; their metadata is shared, not cloned
+        return StageGraph(gm, self.stage, list(self.report))
 
     def note(self, line: str) -> None:
         self.report.append(line)

@@ -32,7 +32,7 @@ class SpecConfig:
     compile: str = "inductor"
     cuda_graphs: bool = True
     adaptive: bool = True
-    max_prefill_tokens: int = 16384
+    max_prefill_tokens: int = 8192
     page_size: int = 64
     seed: int | None = None
     simulate_accept_length: float | None = None

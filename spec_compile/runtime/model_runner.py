@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
 from spec_compile.ops import providers
+from spec_compile.passes.graph import StageGraph
 from spec_compile.passes.pipeline import run_passes
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime import kv_pool
@@ -41,6 +42,7 @@ class ModelRunner:
         self.choices: dict[str, list[Choice]] = {}  # graph name -> providers, for explain()
         self.reports: dict[str, list[str]] = {}
         self.pool: kv_pool.KVPool | None = None
+        self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
         self._layouts: list[kv_pool.LayerLayout] | None = None
         # Prefill is one graph for every prompt length. Its segments run as captured: prompts are GEMM-bound, and the
@@ -50,23 +52,34 @@ class ModelRunner:
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
         """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token."""
-        return self._program(("prefill", argmax), lambda: capture_prefill(self.model), argmax, self._eager)
+        return self._program(("prefill",), lambda: capture_prefill(self.model), argmax, self._eager)
 
     def window_program(self, batch: int, num_tokens: int, *, argmax: bool) -> StageProgram:
         """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens]."""
-        key = (self.stage, batch, num_tokens, argmax)
         return self._program(
-            key, lambda: capture_window(self.model, batch, num_tokens, self.stage), argmax, self.compiler
+            (self.stage, batch, num_tokens),
+            lambda: capture_window(self.model, batch, num_tokens, self.stage),
+            argmax,
+            self.compiler,
         )
 
-    def _program(self, key: tuple, capture, argmax: bool, compiler: SegmentCompiler) -> StageProgram:
+    def _program(
+        self, shape: tuple, capture: Callable[[], StageGraph], argmax: bool, compiler: SegmentCompiler
+    ) -> StageProgram:
+        key = (*shape, argmax)
         if key not in self._programs:
+            if shape not in self._captured:
+                self._captured[shape] = capture()
             graph, choices = run_passes(
-                capture(), hardware=self.hardware, backend=self.backend, page_size=self.page_size, argmax=argmax
+                self._captured[shape].copy(),
+                hardware=self.hardware,
+                backend=self.backend,
+                page_size=self.page_size,
+                argmax=argmax,
             )
             for choice in choices:
                 providers.load(choice.provider).warm_up(choice.node, self.device)
-            name = key[0] if key[0] == "prefill" else f"{key[0]} {key[1]}x{key[2]}"
+            name = shape[0] if shape[0] == "prefill" else f"{shape[0]}, {shape[1]} rows × {shape[2]} tokens"
             self.choices[name], self.reports[name] = choices, graph.report
             self._layouts = self._layouts or kv_pool.layouts(choices)
             self._programs[key] = build_program(graph, compiler)
@@ -97,6 +110,7 @@ class ModelRunner:
         """Free the pool and forget every program."""
         self.pool = None
         self._programs.clear()
+        self._captured.clear()
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, *, argmax: bool, max_tokens: int) -> Tensor:
         """Fill the caches with ``prompts`` (int64 [len] each, row by row) and return the last tokens' logits or ids.
@@ -127,7 +141,7 @@ class ModelRunner:
         return torch.cat(out)
 
 
-def _groups(prompts: list[Tensor], max_tokens: int):
+def _groups(prompts: list[Tensor], max_tokens: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield (index of the first row, rows) with at most ``max_tokens`` tokens a group, one row at least."""
     first, group, size = 0, [], 0
     for i, prompt in enumerate(prompts):
