@@ -44,7 +44,17 @@ def _depth(mask_ptr, token, valid, stride_n, stride_w, WORDS: tl.constexpr):
     return count - 1
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit
+def _page_ids(table, start, offset, end, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Pages of positions ``start + offset`` (a scalar where they share one), 0 from ``end`` on."""
+    if BLOCK_N <= PAGE_SIZE:
+        page = tl.load(table + start // PAGE_SIZE, mask=start < end, other=0)
+    else:
+        page = tl.load(table + (start + offset) // PAGE_SIZE, mask=start + offset < end, other=0)
+    return page
+
+
+@triton.jit(do_not_specialize=["window", "table_columns", "min_blocks"])
 def _decode_kernel(
     q_ptr,  # [B, N, HKV * G, D + R]
     k_ptr,  # [B, N, HKV, D + R]
@@ -63,6 +73,7 @@ def _decode_kernel(
     softcap,
     window,
     table_columns,
+    min_blocks,  # key blocks a split should have before another split is used
     stride_qb,
     stride_qn,
     stride_qh,
@@ -100,7 +111,6 @@ def _decode_kernel(
     M_TILES: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,  # key blocks a split should have before another split is used
     STAGES: tl.constexpr,
     HAS_TREE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -144,7 +154,7 @@ def _decode_kernel(
 
     # Work is cut for the live length: the window counts as one block behind the prefix; short rows use fewer splits.
     work = prefix_blocks + 1
-    live = tl.minimum(num_splits, tl.cdiv(work, MIN_BLOCKS))
+    live = tl.minimum(num_splits, tl.cdiv(work, min_blocks))
     if split >= live:
         return
     begin = split * work // live
@@ -199,18 +209,21 @@ def _decode_kernel(
 
     k_cache_ptr += head * stride_kch
     v_cache_ptr += head * stride_vch
+    # Page ids are read one block ahead and carried, so that the pipeline sees key loads that wait for no other load.
+    offset = tl.arange(0, BLOCK_N)
+    ahead = (block_base + begin) * BLOCK_N
+    page = _page_ids(table, ahead, offset, tl.where(begin < end, prefix, 0), BLOCK_N, PAGE_SIZE)
     for block in tl.range(begin, end, num_stages=STAGES):
         start = (block_base + block) * BLOCK_N
-        offset = tl.arange(0, BLOCK_N)
         position = start + offset
+        next_page = _page_ids(table, start + BLOCK_N, offset, prefix, BLOCK_N, PAGE_SIZE)
         if BLOCK_N <= PAGE_SIZE:  # the block lies in one page
-            page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
-            k_rows = k_cache_ptr + page * stride_kcp + (start % PAGE_SIZE + offset) * stride_kcs
-            v_rows = v_cache_ptr + page * stride_vcp + (start % PAGE_SIZE + offset) * stride_vcs
+            slot = start % PAGE_SIZE + offset
         else:
-            page = tl.load(table + position // PAGE_SIZE, mask=position < prefix, other=0).to(tl.int64)
-            k_rows = k_cache_ptr + page * stride_kcp + (position % PAGE_SIZE) * stride_kcs
-            v_rows = v_cache_ptr + page * stride_vcp + (position % PAGE_SIZE) * stride_vcs
+            slot = position % PAGE_SIZE
+        k_rows = k_cache_ptr + page.to(tl.int64) * stride_kcp + slot * stride_kcs
+        v_rows = v_cache_ptr + page.to(tl.int64) * stride_vcp + slot * stride_vcs
+        page = next_page
         live_slot = position < prefix
         if HAS_WINDOW:
             live_slot = live_slot & (position >= first)
@@ -284,7 +297,7 @@ def choose_config(rows: int, dims: int, v_dim: int, itemsize: int, shared_memory
         block_m = min(block_m, 32)
         config = DecodeConfig(block_m, 32 if block_d <= 128 else 16, 4, 2, 2, 2)
     elif block_dv > 256:
-        config = DecodeConfig(block_m, 32, 8, 2, 2, 1)
+        config = DecodeConfig(block_m, 16 if block_m == 64 else 32, 8, 2, 2, 1)
     elif block_m == 64 and block_dv == 256:
         config = DecodeConfig(block_m, 32, 8, 3, 2, 1)
     else:
@@ -371,7 +384,7 @@ def attention_decode(
         q, k, value, k_cache, value_cache, page_table, cache_len,
         tree_mask if tree_mask is not None else cache_len, sinks if sinks is not None else q,
         out, part_acc, part_stat, counters,
-        scale if softcap > 0 else scale * LOG2_E, float(softcap), window, page_table.shape[1],
+        scale if softcap > 0 else scale * LOG2_E, float(softcap), window, page_table.shape[1], config.min_blocks,
         *q.stride()[:3], *k.stride()[:3], *value.stride()[:3], *k_cache.stride()[:3], *value_cache.stride()[:3],
         page_table.stride(0), *mask_strides,
         N=num_tokens, G=group, HKV=num_kv_heads, D=dims - rotary, R=rotary, DV=v_dim,
@@ -382,7 +395,7 @@ def attention_decode(
         BLOCK_S=triton.next_power_of_2(splits),
         MERGE_CHUNK=max(1, min(triton.next_power_of_2(splits), 2048 * config.num_warps // (block_r * block_dv))),
         M_TILES=m_tiles, WORDS=tree_mask.shape[2] if tree_mask is not None else 0, PAGE_SIZE=page_size,
-        MIN_BLOCKS=config.min_blocks, STAGES=config.num_stages, HAS_TREE=tree_mask is not None, HAS_WINDOW=window > 0,
+        STAGES=config.num_stages, HAS_TREE=tree_mask is not None, HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None, SHARED_KV=v is None,
         num_warps=config.num_warps,
     )  # fmt: skip

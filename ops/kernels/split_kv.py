@@ -51,11 +51,11 @@ def merge_splits(
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     for s0 in range(0, live, MERGE_CHUNK):
         s = s0 + tl.arange(0, MERGE_CHUNK)
-        ok = (s < live)[:, None] & row_ok[None, :]
-        stat = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
-        weight = tl.exp2(tl.load(stat, mask=ok, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
+        part_ok = (s < live)[:, None] & row_ok[None, :]
+        peak_ptr = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
+        weight = tl.exp2(tl.load(peak_ptr, mask=part_ok, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
         a_ptr = part_acc_ptr + (s[:, None] * BLOCK_R + local[None, :])[:, :, None] * DV + dv[None, None, :]
-        part = tl.load(a_ptr, mask=ok[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg")
+        part = tl.load(a_ptr, mask=part_ok[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg")
         acc += tl.sum(part * weight[:, :, None], 0)
     sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if HAS_SINKS:

@@ -1,0 +1,118 @@
+"""The Triton kernels under Triton's interpreter on the CPU: tiny cases of the GPU contract test.
+
+The interpreter is chosen when kernels are defined, so each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops import attention as generic
+from spec_compile.ops.providers import AttentionNode, triton
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+INTERPRETER_WORKS = """
+import torch, triton, triton.language as tl
+@triton.jit
+def kernel(x, B: tl.constexpr):
+    i = tl.arange(0, B)
+    a = tl.load(x + i[:, None] * B + i[None, :])
+    for _ in tl.range(0, 1, num_stages=1):
+        a = tl.dot(a, a)
+    tl.store(x + i[:, None] * B + i[None, :], a)
+kernel[(1,)](torch.ones(16, 16), 16)
+"""
+ARGS = "torch.float32, 'cpu'"
+CASES = {  # one process each: importing torch takes longer than a case
+    "decode": [
+        f"check_decode(Case((37, 0), 3, (6, 2), (24, 16), tree=True, sinks=True, padding_rows=1), {ARGS})",
+        f"check_decode(Case((90,), 5, (6, 2), (16, 40), tree=True, window=20, softcap=5.0), {ARGS})",
+        f"check_decode(Case((150, 3), 70, (2, 1), (16, 16), 32), {ARGS})",
+        f"check_decode(Case((40, 5), 3, (5, 1), (40, 32), tree=True), {ARGS}, latent=True)",
+    ],
+    "prefill": [
+        f"check_prefill(Case((70, 0, 33), 0, (4, 2), (16, 24)), {ARGS})",
+        f"check_prefill(Case((150, 3), 0, (3, 1), (16, 16), window=40, softcap=5.0, sinks=True), {ARGS})",
+        f"check_prefill(Case((40, 5), 0, (3, 1), (48, 32)), {ARGS}, latent=True)",
+    ],
+}
+
+
+def run_interpreted(code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(GPU_TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-"], input=code, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where Triton is missing or its interpreter does not run (Triton 3.6 with NumPy 2.4, say)."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    probe = tmp_path_factory.mktemp("interpreter") / "probe.py"  # kernels need a source file
+    probe.write_text(INTERPRETER_WORKS)
+    result = run_interpreted(f"import runpy; runpy.run_path({str(probe)!r})")
+    if result.returncode:
+        pytest.skip(f"Triton's interpreter does not run here: {result.stderr.strip().splitlines()[-1]}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_match_the_reference(name: str, interpreter: None) -> None:
+    calls = "\n".join(CASES[name])
+    result = run_interpreted(f"import torch\nfrom test_attention_triton import *\ntorch.manual_seed(0)\n{calls}")
+    assert result.returncode == 0, result.stderr
+
+
+def node(**changes: object) -> AttentionNode:
+    fields = {
+        "op": "attention", "stage": "verify", "batch": 2, "num_tokens": 4, "num_q_heads": 8, "num_kv_heads": 2,
+        "head_dim": 64, "v_head_dim": 64, "page_size": 16, "window": 0, "softcap": 0.0, "has_sinks": False,
+        "is_tree": True, "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16,
+    }  # fmt: skip
+    return AttentionNode(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+H200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
+
+
+def test_supports_what_the_contract_asks() -> None:
+    assert triton.supports(node(), H200) is None
+    assert triton.supports(node(head_dim=80, v_head_dim=96, page_size=256, num_q_heads=6), H200) is None
+    assert triton.supports(node(op="mla_attention", head_dim=576, v_head_dim=512, num_kv_heads=1), H200) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float64}, "dtype"),
+        ({"kv_dtype": torch.float32}, "cache's dtype"),
+        ({"page_size": 24}, "page size"),
+        ({"page_size": 8}, "page size"),
+        ({"head_dim": 288}, "head dims"),
+        ({"num_q_heads": 7}, "multiple"),
+        ({"op": "mla_attention", "head_dim": 1152, "v_head_dim": 1024}, "latent"),
+    ],
+)
+def test_refuses_with_a_reason(changes: dict, words: str) -> None:
+    assert words in triton.supports(node(**changes), H200)
+
+
+def test_refuses_a_cpu_and_old_devices() -> None:
+    assert "CUDA" in triton.supports(node(), Hardware("cpu", "cpu", 2, "CPU"))
+    assert "8.0" in triton.supports(node(), Hardware("nvidia", "sm75", 40, "T4"))
+
+
+@pytest.mark.parametrize("op", ["attention", "mla_attention", "prefill_attention", "mla_prefill_attention"])
+def test_schemas_equal_the_generic_ops(op: str) -> None:
+    ours = str(triton.lower(node(op=op))._schema).replace(f"{op}_triton", op)
+    assert ours == str(getattr(generic, op)._opoverload._schema)
