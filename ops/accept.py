@@ -44,6 +44,13 @@ def accept_greedy_fake(window_ids, target_ids) -> Tensor:
     return window_ids.new_empty(window_ids.shape[0], dtype=torch.int32)
 
 
+@accept_greedy.register_kernel("cuda")
+def accept_greedy_cuda(window_ids, target_ids) -> Tensor:
+    from spec_compile.ops.kernels import round_ops  # here, so that machines without Triton can import this module
+
+    return round_ops.accept_greedy(window_ids, target_ids)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # accept_sampled
 
@@ -124,6 +131,13 @@ def accept_sampled_fake(window_ids, draft_probs, target_probs, seed, position) -
     return window_ids.new_empty(window_ids.shape), window_ids.new_empty(window_ids.shape[0], dtype=torch.int32)
 
 
+@accept_sampled.register_kernel("cuda")
+def accept_sampled_cuda(window_ids, draft_probs, target_probs, seed, position) -> tuple[Tensor, Tensor]:
+    from spec_compile.ops.kernels import round_ops
+
+    return round_ops.accept_sampled(window_ids, draft_probs, target_probs, seed, position, ACCEPT_STREAM, TARGET_STREAM)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # commit_tokens
 
@@ -180,3 +194,10 @@ def commit_tokens(
 @commit_tokens.register_fake
 def commit_tokens_fake(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
     return accept_length.new_empty(accept_length.shape, dtype=torch.int32)
+
+
+@commit_tokens.register_kernel("cuda")
+def commit_tokens_cuda(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
+    from spec_compile.ops.kernels import round_ops
+
+    return round_ops.commit_tokens(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids)

@@ -43,6 +43,13 @@ def kv_write_fake(k, v, k_cache, v_cache, page_table, cache_len) -> None:
     return None
 
 
+@kv_write.register_kernel("cuda")
+def kv_write_cuda(k, v, k_cache, v_cache, page_table, cache_len) -> None:
+    from spec_compile.ops.kernels import round_ops  # here, so that machines without Triton can import this module
+
+    round_ops.kv_write(k, v, k_cache, v_cache, page_table, cache_len)
+
+
 @torch.library.custom_op("spec_compile::kv_commit", mutates_args=("caches",))
 def kv_commit(caches: Sequence[Tensor], page_table: Tensor, cache_len: Tensor, path: Tensor) -> None:
     """Move the accepted path of a token tree to the front of the window, in every cache.
@@ -71,3 +78,10 @@ def kv_commit(caches: Sequence[Tensor], page_table: Tensor, cache_len: Tensor, p
 @kv_commit.register_fake
 def kv_commit_fake(caches, page_table, cache_len, path) -> None:
     return None
+
+
+@kv_commit.register_kernel("cuda")
+def kv_commit_cuda(caches, page_table, cache_len, path) -> None:
+    from spec_compile.ops.kernels import round_ops
+
+    round_ops.kv_commit(caches, page_table, cache_len, path)

@@ -57,3 +57,10 @@ def ngram_propose(
 def ngram_propose_fake(tokens, cache_len, num_steps, min_ngram, max_ngram) -> tuple[Tensor, Tensor]:
     batch = tokens.shape[0]
     return tokens.new_empty(batch, num_steps), tokens.new_empty(batch, dtype=torch.int32)
+
+
+@ngram_propose.register_kernel("cuda")
+def ngram_propose_cuda(tokens, cache_len, num_steps, min_ngram, max_ngram) -> tuple[Tensor, Tensor]:
+    from spec_compile.ops.kernels import round_ops  # here, so that machines without Triton can import this module
+
+    return round_ops.ngram_propose(tokens, cache_len, num_steps, min_ngram, max_ngram)

@@ -128,6 +128,13 @@ def sample_token_fake(probs, seed, position, stream) -> Tensor:
     return probs.new_empty(probs.shape[0], dtype=torch.int64)
 
 
+@sample_token.register_kernel("cuda")
+def sample_token_cuda(probs, seed, position, stream) -> Tensor:
+    from spec_compile.ops.kernels import round_ops  # here, so that machines without Triton can import this module
+
+    return round_ops.sample_token(probs, seed, position, stream)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Logits processors of generate(), per row and without a host read. Plain functions: Inductor compiles them.
 
@@ -152,7 +159,8 @@ def warp_logits(
         logits: [R, V], any float dtype; computed in float32 as generate() does.
         temperature: float32 [R], positive.
         top_k: int32 or int64 [R]; 0 or less switches a row's top-k off. Ties with the k-th value are kept.
-        top_p: float32 [R]; 1 or more switches a row's top-p off.
+        top_p: float32 or float64 [R]; 1 or more switches a row's top-p off. In float64 the threshold is 1 - top_p as
+            Python computes it, and so transformers' to the last bit.
         min_p: float32 [R]; 0 switches a row's min-p off.
         max_top_k: at least every row's min(top_k, V), or 0 when no row uses top-k.
         use_top_p, use_min_p: whether any row uses them.
@@ -170,7 +178,7 @@ def warp_logits(
         ascending, order = scores.sort(dim=-1)
         # transformers decides on the cumulated probability of a token and all less likely ones, and so do we: summing
         # from the other end would round differently and move the boundary.
-        removed = ascending.softmax(-1).cumsum(-1) <= 1.0 - top_p[:, None]
+        removed = ascending.softmax(-1).cumsum(-1) <= (1.0 - top_p[:, None]).float()
         removed[:, -1] = False
         removed = removed & (top_p[:, None] < 1.0)
         scores = scores.masked_fill(removed.scatter(1, order, removed), float("-inf"))

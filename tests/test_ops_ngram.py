@@ -48,7 +48,7 @@ def propose(texts, num_steps, min_ngram, max_ngram, capacity=None):
 @pytest.mark.parametrize("vocab", [2, 3, 8, 40])
 @pytest.mark.parametrize("min_ngram,max_ngram", [(1, 1), (1, 3), (2, 3), (3, 6)])
 def test_against_a_loop(vocab, min_ngram, max_ngram):
-    texts = [[random.randrange(vocab) for _ in range(random.randrange(1, 60))] for _ in range(60)]
+    texts = [[random.randrange(vocab) for _ in range(random.randrange(1, 60))] for _ in range(300)]
     expected = [propose_by_hand(text, 5, min_ngram, max_ngram) for text in texts]
     assert propose(texts, 5, min_ngram, max_ngram, capacity=70) == expected
     if vocab == 8 and min_ngram == 1:

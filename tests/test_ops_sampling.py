@@ -231,7 +231,7 @@ def warped_by_transformers(row, case):
 def rows_of(cases):
     columns = {name: [(OFF | case)[name] for case in cases] for name in OFF}
     arguments = [torch.tensor(columns["temperature"]), torch.tensor(columns["top_k"])]
-    arguments += [torch.tensor(columns["top_p"]), torch.tensor(columns["min_p"])]
+    arguments += [torch.tensor(columns["top_p"], dtype=torch.float64), torch.tensor(columns["min_p"])]
     static = {
         "max_top_k": max(columns["top_k"]),
         "use_top_p": min(columns["top_p"]) < 1,
