@@ -16,10 +16,10 @@ import time
 from collections import defaultdict
 
 import torch
+from shapes import build_random
 from torch import nn
 
 import spec_compile
-from shapes import build_random
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.state import SamplingPlan
 

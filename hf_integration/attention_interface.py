@@ -49,7 +49,7 @@ _context: CaptureContext | None = None  # read by functions that transformers ca
 
 
 class PassThroughLayer(CacheLayerMixin):
-    """A cache layer that stores nothing: the attention op appends. It remembers the last key/value pair for latent attention."""
+    """A cache layer that stores nothing: the attention op appends. It remembers its last pair, for latent attention."""
 
     is_compileable = True
     is_sliding = False
@@ -99,14 +99,18 @@ def attention_function(
     """transformers' attention contract: query [B, Hq, N, D], key and value [B, Hkv, N, D] -> ([B, N, Hq, Dv], None)."""
     context = _context
     if context is None:
-        raise CaptureError("the spec_compile attention function was called outside capture; use the model's own attention.")
+        raise CaptureError(
+            "the spec_compile attention function was called outside capture; use the model's own attention."
+        )
     if attention_mask is not None:
         raise CaptureError(f"{type(module).__name__} passes its own attention mask; only causal masks can be captured.")
     unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS_KWARGS}
     if unknown:
         raise CaptureError(f"{type(module).__name__} passes {sorted(unknown)} to its attention, which no op expresses.")
     if getattr(module, "is_causal", True) is False:
-        raise CaptureError(f"{type(module).__name__} is not causal; speculative decoding needs a causal language model.")
+        raise CaptureError(
+            f"{type(module).__name__} is not causal; speculative decoding needs a causal language model."
+        )
     layer = module.layer_idx
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if hasattr(module, "kv_b_proj"):
@@ -200,7 +204,9 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
         cache_len=torch.zeros(batch, dtype=torch.int32, device=device),
         cache=CaptureCache(num_layers),
         windows=layer_windows(config),
-        slots={(i, part): torch.zeros(1, 1, 1, 1, device=device) for i in range(num_layers) for part in ("k", "v", "kv")},
+        slots={
+            (i, part): torch.zeros(1, 1, 1, 1, device=device) for i in range(num_layers) for part in ("k", "v", "kv")
+        },
     )
     original = model.config._attn_implementation
     model.set_attn_implementation(NAME)

@@ -98,7 +98,9 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
         raise CaptureError(_message(model, str(error))) from error
     except Exception as error:
         cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
-        raise CaptureError(_message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))) from error
+        raise CaptureError(
+            _message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))
+        ) from error
     finally:
         torch._dynamo.eval_frame.remove_from_cache(fresh)
 

@@ -71,7 +71,11 @@ class GenerateCall:
 
 
 def why_plain(
-    model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict,
 ) -> str | None:
     """The reason why a call must run as plain transformers, or None when the decode loop can take it."""
     if model.config.is_encoder_decoder:

@@ -1,1 +1,1 @@
-"""Every ``torch.library`` op of the namespace ``spec_compile::``: schema, fake and reference. Knows nothing of FX or transformers."""
+"""Every ``torch.library`` op of the namespace ``spec_compile::``: schema, fake, reference. Knows no FX and no transformers."""

@@ -57,8 +57,7 @@ def masked_softmax_attend(
     A query that sees nothing gets zeros. Invisible keys and values may hold NaN.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, num_tokens, num_heads, _ = q.shape
-    num_kv_heads = k.shape[2]
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
     seen = visible.any(1)[:, :, None, None]  # [B, S, 1, 1]: 0 * NaN is NaN, so unseen slots are cleared, not only masked
     k, v = k.to(compute).masked_fill(~seen, 0.0), v.to(compute).masked_fill(~seen, 0.0)
     grouped = q.to(compute).unflatten(2, (num_kv_heads, num_heads // num_kv_heads))  # [B, N, Hkv, G, D]
@@ -167,7 +166,7 @@ def mla_attention(
     scale: float,
     v_dim: int,
 ) -> Tensor:
-    """``attention`` in latent space: every query head reads one shared key/value head whose values are its first ``v_dim`` dims.
+    """``attention`` in latent space: all query heads read one key/value head whose values are its first ``v_dim`` dims.
 
     Args:
         q: [B, N, Hq, C + R]; absorbed latent query, then its rotary part.
@@ -256,7 +255,7 @@ def prefill_attention_fake(q, k, v, k_cache, v_cache, page_table, cu_seqlens, sc
 def mla_prefill_attention(
     q: Tensor, kv: Tensor, kv_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, scale: float, v_dim: int
 ) -> Tensor:
-    """``prefill_attention`` in latent space: q [T, Hq, C + R], kv [T, C + R] -> [T, Hq, C]; arguments as in ``mla_attention``."""
+    """``prefill_attention`` in latent space, q [T, Hq, C + R], kv [T, C + R] -> [T, Hq, C]"""
     write_packed(kv, kv_cache, page_table, cu_seqlens)
     visible = _packed_visibility(cu_seqlens, q.shape[0], 0)
     latent = kv[None, :, None]

@@ -149,6 +149,7 @@ def warp_logits(
     max_top_k: int,
     use_top_p: bool,
     use_min_p: bool,
+    every_row_top_k: bool = False,
 ) -> Tensor:
     """The distribution ``generate(do_sample=True)`` samples from: temperature, top-k, top-p, min-p, in that order.
 
@@ -164,17 +165,22 @@ def warp_logits(
         min_p: float32 [R]; 0 switches a row's min-p off.
         max_top_k: at least every row's min(top_k, V), or 0 when no row uses top-k.
         use_top_p, use_min_p: whether any row uses them.
+        every_row_top_k: promises that every row uses top-k (one that does not, a padding row, gets ``max_top_k``). Then
+            top-p needs no sort of the vocabulary. Sums are rounded in another order than transformers', which can move
+            a boundary that 1 - top_p hits to 1e-7.
 
     Returns:
         float32 [R, V] probabilities, exactly 0 outside the support.
     """
     scores = logits.float() / temperature[:, None]
-    if max_top_k > 0:
+    if max_top_k > 0 and use_top_p and every_row_top_k:
+        scores = scores.masked_fill(~_top_k_top_p(scores, top_k, top_p, max_top_k), float("-inf"))
+    elif max_top_k > 0:
         width = min(max_top_k, scores.shape[-1])
         best = scores.topk(width, dim=-1).values  # [R, width], descending
         kth = best.gather(1, (top_k.long()[:, None] - 1).clamp(0, width - 1))
         scores = scores.masked_fill((scores < kth) & (top_k[:, None] > 0), float("-inf"))
-    if use_top_p:
+    if use_top_p and not (max_top_k > 0 and every_row_top_k):
         ascending, order = scores.sort(dim=-1)
         # transformers decides on the cumulated probability of a token and all less likely ones, and so do we: summing
         # from the other end would round differently and move the boundary.
@@ -188,6 +194,32 @@ def warp_logits(
         scores = scores.masked_fill(probs < min_p[:, None] * probs.amax(-1, keepdim=True), float("-inf"))
         probs = scores.softmax(-1)
     return probs
+
+
+def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -> Tensor:
+    """Which tokens top-k and then top-p keep, bool [R, V], from a list of the ``max_top_k`` best instead of a sort.
+
+    Low-precision logits tie often, so ties are exact: top-k keeps all ties of the k-th value, listed or not, and of a
+    group that top-p splits the lower ids go first, as in a stable sort.
+    """
+    width = min(max_top_k, scores.shape[-1])
+    best = scores.topk(width, dim=-1).values  # [R, W], descending
+    k = torch.where(top_k > 0, top_k, width).long().clamp(max=width)[:, None]  # [R, 1]
+    listed = torch.arange(width, device=scores.device) < k  # [R, W]
+    kth, first = best.gather(1, k - 1), best[:, :1]
+    unlisted = (scores == kth).sum(1, keepdim=True) - ((best == kth) & listed).sum(1, keepdim=True)  # ties left out
+    weight = (best - first).exp().masked_fill(~listed, 0.0)
+    tie_weight = (kth - first).exp()
+    tail = unlisted * tie_weight
+    budget = (1.0 - top_p[:, None]).float().clamp(min=0.0) * (weight.sum(1, keepdim=True) + tail)
+    # A token goes when it and all less likely ones together stay within the budget; the unlisted ties go first.
+    removed = listed & (weight.flip(1).cumsum(1).flip(1) + tail <= budget) & (top_p[:, None] < 1.0)
+    removed[:, 0] = False
+    boundary = best.gather(1, k - 1 - removed.sum(1, keepdim=True))  # the least value of which some token stays
+    ties_removed = torch.where(tie_weight > 0, budget / tie_weight, 0.0).clamp(max=unlisted.float()).long()
+    split = (removed & (best == boundary)).sum(1, keepdim=True) + torch.where(boundary == kth, ties_removed, 0)
+    at_boundary = scores == boundary
+    return (scores > boundary) | (at_boundary & (at_boundary.cumsum(1) > split))
 
 
 def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len: Tensor) -> Tensor:

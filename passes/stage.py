@@ -38,8 +38,13 @@ def _pack(graph: StageGraph, nodes: list[torch.fx.Node]) -> None:
     for node in nodes:
         num_new = 2 if node.target is _MLA else 3  # q, kv or q, k, v
         caches = 1 if node.target is _MLA else 2
-        target = torch.ops.spec_compile.mla_prefill_attention if num_new == 2 else torch.ops.spec_compile.prefill_attention
-        new, (cache_args, rest) = node.args[:num_new], (node.args[num_new : num_new + caches + 1], node.args[num_new + caches + 3 :])
+        target = (
+            torch.ops.spec_compile.mla_prefill_attention if num_new == 2 else torch.ops.spec_compile.prefill_attention
+        )
+        new, (cache_args, rest) = (
+            node.args[:num_new],
+            (node.args[num_new : num_new + caches + 1], node.args[num_new + caches + 3 :]),
+        )
         with graph.gm.graph.inserting_before(node):
             packed = []
             for value in new:

@@ -57,6 +57,12 @@ def spec_compile(
     if getattr(model, "spec", None) is not None:
         model.spec.remove()  # compiling again replaces, it does not stack
 
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"the model's parameters are on {sorted(devices)}; spec_compile needs all on one device "
+            "(load with device_map={'': 0}, or model.to('cuda'))."
+        )
     hardware = detect_hardware(model.get_input_embeddings().weight.device)
     compiler = SegmentCompiler(config.compile, hardware)
 

@@ -18,7 +18,7 @@ from spec_compile.hf_integration.generate import GenerateCall, bind_generate, re
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.lockstep import decode_lockstep
-from spec_compile.runtime.state import SamplingPlan
+from spec_compile.runtime.state import MAX_EOS_IDS, SamplingPlan
 from spec_compile.runtime.stats import SpecStats, acceptance
 from spec_compile.runtime.transcript import Transcript
 
@@ -33,6 +33,7 @@ class SpecHandle:
         self._enabled = True
         self._stats = SpecStats()
         self._told: set[str] = set()
+        self._transcript: Transcript | None = None
         self._original_class = bind_generate(model, self._loop, self._say_plain)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -45,6 +46,10 @@ class SpecHandle:
     def stats(self) -> SpecStats:
         """Figures of the last ``generate()`` call."""
         return self._stats
+
+    def partial_sequences(self) -> Tensor | None:
+        """Tokens of the last call so far, int64 [B, P + n]: what an exception or Ctrl-C left of it."""
+        return None if self._transcript is None else self._transcript.sequences()
 
     def disable(self) -> _Switch:
         """Plain ``generate()`` from now on, or within ``with model.spec.disable():``."""
@@ -106,14 +111,17 @@ class SpecHandle:
         if reason is not None:
             self._say_plain(reason)
             return run_plain()
-        call = read_call(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-        )
-        return self._run(call)
+        call = read_call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+        if len(call.eos_ids) > MAX_EOS_IDS:
+            self._say_plain(f"more than {MAX_EOS_IDS} eos_token_id values are not accelerated")
+            return run_plain()
+        # Buffers outlive the call, so they must not be inference tensors even if the caller is in inference mode.
+        with torch.inference_mode(False), torch.no_grad(), self._engine.on_device():
+            return self._run(call)
 
-    @torch.no_grad()
     def _run(self, call: GenerateCall) -> object:
         engine, transcript = self._engine, Transcript(call)
+        self._transcript = transcript
         request = _request(call, engine)
         compiling = engine.compiler.seconds + engine.capture_seconds
         started = time.perf_counter()

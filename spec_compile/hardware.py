@@ -46,7 +46,7 @@ def detect_hardware(device: torch.device | str) -> Hardware:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _detect_cuda(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:

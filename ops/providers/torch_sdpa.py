@@ -7,6 +7,8 @@ reads every page a row could hold, so ``explain()`` names that cost.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -178,7 +180,7 @@ def _attend_prompts(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     bounds = cu_seqlens.tolist()
     group = q.shape[1] // k.shape[1]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         if begin == end:
             continue
         qs, ks, vs = q[begin:end], k[begin:end], v[begin:end]

@@ -33,6 +33,8 @@ class CausalLMDraft:
     def __init__(self, runner: ModelRunner, num_steps: int, vocab_size: int) -> None:
         self.runner, self.num_steps, self.vocab_size = runner, num_steps, vocab_size
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
+        context = getattr(runner.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_position = (context or 2**31) - 1  # a draft with a shorter context drafts badly there, but drafts
         if abs(self.draft_vocab_size - vocab_size) > _MAX_VOCAB_PADDING:
             raise DraftError(
                 f"draft={type(runner.model).__name__} has a vocabulary of {self.draft_vocab_size}, the target "
@@ -67,7 +69,7 @@ class CausalLMDraft:
         for step in range(self.num_steps):
             num_tokens = window.shape[1]
             cache_len = start if step == 0 else (start + (1 + step)).to(torch.int32)
-            positions = cache_len.long()[:, None] + torch.arange(num_tokens, device=start.device)
+            positions = state.positions(cache_len, num_tokens).clamp(max=self.max_position)
             result = self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan))(
                 input_ids=window.clamp(max=self.draft_vocab_size - 1),
                 position_ids=positions,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,9 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.progress import Progress
 from spec_compile.runtime.round import commit, run_round
-from spec_compile.runtime.state import MAX_EOS_IDS, DecodeState, SamplingPlan, new_state
+from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
+
+log = logging.getLogger("spec_compile")
 
 _SMALLEST_CAPACITY = 1024  # so that short calls do not make longer ones reallocate and recapture
 
@@ -66,6 +70,10 @@ class Engine:
         self._buffers: DecodeState | None = None
         self._warmed: set[tuple] = set()  # rounds compiled, where there is no graph to tell
 
+    def on_device(self) -> AbstractContextManager:
+        """Make the model's GPU the current one."""
+        return torch.cuda.device(self.device) if self.hardware.is_cuda else nullcontext()
+
     def bucket(self, batch: int) -> int:
         """Rows of the graph that serves ``batch`` rows: the next power of two on a GPU, the batch itself on a CPU."""
         return 1 << (batch - 1).bit_length() if self.hardware.is_cuda else batch
@@ -101,6 +109,7 @@ class Engine:
         if moved or self._buffers is None:
             if self.graphs is not None:
                 self.graphs.clear()
+                self._warmed.clear()
             pages = self.target.pool.page_table.shape[1]
             self._buffers = new_state(
                 rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens
@@ -129,22 +138,32 @@ class Engine:
 
     def _warm(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
         key = self._key(state, plan, num_drafts)
-        if self.graphs is not None:
-            before = time.perf_counter(), self.compiler.seconds
-            self.graphs.get(key, self._name(state, num_drafts), lambda: self._round(state, plan, num_drafts))
-            compiling = self.compiler.seconds - before[1]
-            self.capture_seconds += time.perf_counter() - before[0] - compiling
-        elif key not in self._warmed:
+        if key in self._warmed:
+            return
+        if self.graphs is None:
             self._round(state, plan, num_drafts)  # compiles
-            self._warmed.add(key)
+        else:
+            self._capture(state, plan, num_drafts)
+        self._warmed.add(key)
+
+    def _capture(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+        start, compiled = time.perf_counter(), self.compiler.seconds
+        name = f"{state.cache_len.shape[0]} rows × {num_drafts + 1} tokens"
+        try:
+            self.graphs.capture(self._key(state, plan, num_drafts), name, lambda: self._round(state, plan, num_drafts))
+        except torch.OutOfMemoryError:
+            self.graphs.clear()
+            self.graphs = None
+            log.warning(
+                "no memory to capture the CUDA graph of %s; rounds are launched kernel by kernel from now on, which costs "
+                "several milliseconds each. Free memory and call spec_compile() again to get graphs back.", name
+            )  # fmt: skip
+            self._round(state, plan, num_drafts)
+        self.capture_seconds += time.perf_counter() - start - (self.compiler.seconds - compiled)
 
     @staticmethod
     def _key(state: DecodeState, plan: SamplingPlan, num_drafts: int) -> tuple:
         return state.cache_len.shape[0], num_drafts, plan
-
-    @staticmethod
-    def _name(state: DecodeState, num_drafts: int) -> str:
-        return f"{state.cache_len.shape[0]} rows × {num_drafts + 1} tokens"
 
     def _round(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
         run_round(
@@ -161,7 +180,7 @@ class Engine:
         if self.graphs is None:
             self._round(state, plan, num_drafts)
         else:
-            self.graphs.get(self._key(state, plan, num_drafts), "", lambda: None).replay()
+            self.graphs.replay(self._key(state, plan, num_drafts))
 
     def fill(self, rows: int, request: Request) -> DecodeState:
         """A state of ``rows`` rows that holds the request's prompts, the rest padding; nothing is computed."""
@@ -177,8 +196,6 @@ class Engine:
         state.seed[:batch] = torch.tensor(request.seed, dtype=torch.int64).to(self.device)
         state.page_table[:batch] = self.target.pool.page_table[:batch]
         state.finished[:batch] = False
-        if len(request.eos_ids) > MAX_EOS_IDS:
-            raise SpecCompileError(f"{len(request.eos_ids)} eos_token_id values; at most {MAX_EOS_IDS} are supported.")
         state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64).to(self.device)
         state.temperature.fill_(request.temperature)
         state.top_k.fill_(request.top_k)

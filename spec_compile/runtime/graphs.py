@@ -34,13 +34,16 @@ class GraphCache:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(self.device)
 
-    def get(self, key: tuple, name: str, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of ``step``, captured on first use. ``step`` must leave the state as it was (see ``DecodeState``)."""
-        if key not in self.rounds:
-            self.rounds[key] = self._capture(name, step)
-        return self.rounds[key].graph
+    def replay(self, key: tuple) -> None:
+        """Enqueue a captured round on the current stream."""
+        self.rounds[key].graph.replay()
 
-    def _capture(self, name: str, step: Callable[[], None]) -> CapturedRound:
+    def capture(self, key: tuple, name: str, step: Callable[[], None]) -> None:
+        """Record ``step``, which must leave the state as it was (see ``DecodeState``): it runs twice before.
+
+        Raises:
+            torch.OutOfMemoryError: the graph does not fit.
+        """
         start = time.perf_counter()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -54,7 +57,7 @@ class GraphCache:
             step()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         nbytes = max(0, torch.cuda.memory_reserved(self.device) - before)
-        return CapturedRound(name, graph, nbytes, time.perf_counter() - start)
+        self.rounds[key] = CapturedRound(name, graph, nbytes, time.perf_counter() - start)
 
     def clear(self) -> None:
         """Forget every graph; their pool is released with them."""

@@ -90,9 +90,7 @@ def _walk(slots: Tensor, window: Tensor | None, transcript: Transcript, result: 
     return False, slot + 1
 
 
-def _choose(
-    logits: Tensor, call: GenerateCall, text: Tensor, result: LockstepResult
-) -> tuple[Tensor, tuple | None]:
+def _choose(logits: Tensor, call: GenerateCall, text: Tensor, result: LockstepResult) -> tuple[Tensor, tuple | None]:
     """One column of tokens, int64 [B], by transformers' own steps."""
     raw = logits.to(copy=True, dtype=torch.float32, device=text.device)
     scores = call.logits_processor(text, raw)

@@ -45,14 +45,14 @@ class ModelRunner:
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
         self._layouts: list[kv_pool.LayerLayout] | None = None
-        # Prefill is one graph for every prompt length. Its segments run as captured: prompts are GEMM-bound, and the
-        # compile time would be paid before the first token.
-        self._eager = SegmentCompiler("none", hardware)
+        # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
+        # there, and compiling would take longer than it ever saves.
+        self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
         self.prefill_program(argmax=False)  # fails early on a model that cannot be captured, and tells the KV layout
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
         """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token."""
-        return self._program(("prefill",), lambda: capture_prefill(self.model), argmax, self._eager)
+        return self._program(("prefill",), lambda: capture_prefill(self.model), argmax, self._prefill_compiler)
 
     def window_program(self, batch: int, num_tokens: int, *, argmax: bool) -> StageProgram:
         """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens]."""

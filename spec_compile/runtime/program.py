@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import spec_compile.ops
 from spec_compile.hardware import Hardware
-from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, placeholders
+from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.partition import segment_key
 
 Caches = dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv") -> [P, page_size, ...]
@@ -62,20 +62,31 @@ class SegmentCompiler:
         """Replace every segment of a partitioned graph by its compiled form."""
         if self.mode == "none":
             return gm
-        for name, segment in list(gm.named_children()):
-            setattr(gm, name, CompiledSegment(segment, segment_key(segment), self))
+        for call in [n for n in gm.graph.nodes if n.op == "call_module"]:
+            if any(_is_row_index(arg) for arg in call.args):
+                continue  # as many rows as prompts: a shape Dynamo did not see and Inductor would fix
+            segment = gm.get_submodule(call.target)
+            setattr(gm, call.target, CompiledSegment(segment, segment_key(segment), self))
         return gm
 
     def compile(self, key: str, segment: fx.GraphModule, args: tuple) -> Callable:
+        """The artifact of ``segment``: for exactly these shapes, or for every packed length if one is symbolic."""
         if key not in self.artifacts:
             start = time.perf_counter()
             salt = CacheSalt(f"spec_compile {source_hash()} {self.hardware.arch}")
-            detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+            fakes = [fake(node) for node in placeholders(segment)]
+            symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
+            examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
             self.artifacts[key] = torch._inductor.compile(
-                segment, detached, options={"post_grad_custom_pre_pass": salt, **_inductor_options(self.hardware)}
+                segment, examples, options={"post_grad_custom_pre_pass": salt, **_inductor_options(self.hardware)}
             )
             self.seconds += time.perf_counter() - start
         return self.artifacts[key]
+
+
+def _is_row_index(arg: object) -> bool:
+    binding = arg.meta.get("binding") if isinstance(arg, fx.Node) else None
+    return isinstance(binding, RuntimeInput) and binding.name == "logit_index"
 
 
 def _inductor_options(hardware: Hardware) -> dict[str, object]:

@@ -44,7 +44,7 @@ def run_round(
 def verify(target: ModelRunner, window: Tensor, state: DecodeState, *, argmax: bool) -> Tensor:
     """The target over windows [B, N]: logits [B, N, V], or greedy ids [B, N]."""
     batch, num_tokens = window.shape
-    positions = state.cache_len[:, None].long() + torch.arange(num_tokens, device=window.device)  # [B, N]
+    positions = state.positions(state.cache_len, num_tokens)
     return target.window_program(batch, num_tokens, argmax=argmax)(
         input_ids=window, position_ids=positions, page_table=state.page_table, cache_len=state.cache_len
     )
@@ -67,6 +67,8 @@ def _accept(
 
 def _simulated(mean: float, num_tokens: int, state: DecodeState) -> Tensor:
     """Accept lengths of the given mean, per row and position, at most ``num_tokens``: int32 [B]."""
+    if mean == int(mean):
+        return torch.full_like(state.cache_len, min(int(mean), num_tokens))
     chance = uniform(state.seed, state.cache_len, _SIMULATION_STREAM)
     length = int(mean) + (chance < mean - int(mean)).to(torch.int32)
     return length.clamp(max=num_tokens).to(torch.int32)

@@ -81,10 +81,19 @@ class DecodeState:
     out: Tensor  # int64 [B, K + 4]: emitted tokens [K + 1], how many of them count, finished, look-ahead
     max_prefill_tokens: int
 
+    def positions(self, cache_len: Tensor, num_tokens: int) -> Tensor:
+        """Positions of a window behind ``cache_len``: int64 [B, N]. Slots past a row's end repeat its last position, so
+        that a model with learned positions is never asked for one it does not have."""
+        last = (self.end_len - 1).clamp(min=0)[:, None]  # [B, 1]
+        offsets = torch.arange(num_tokens, dtype=torch.int32, device=cache_len.device)
+        return torch.minimum(cache_len[:, None] + offsets, last).long()
+
     def rows(self, count: int) -> DecodeState:
         """The first ``count`` rows: views, so a graph of a smaller bucket works on the same memory."""
         views = {
-            f.name: value[:count] if isinstance(value := getattr(self, f.name), Tensor) and f.name != "eos_ids" else value
+            f.name: value[:count]
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "eos_ids"
+            else value
             for f in dataclasses.fields(self)
         }
         return DecodeState(**views)

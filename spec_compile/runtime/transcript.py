@@ -28,6 +28,7 @@ class Transcript:
         self.shown = 0  # columns replayed
         self.text = call.input_ids  # [B, P + shown]
         self.unfinished = torch.ones(batch, dtype=torch.long, device=call.input_ids.device)
+        self.ended = [False] * batch  # the same on the host
 
     def extend(self, tokens: list[list[int]], finished: list[bool]) -> bool:
         """Add a round's tokens, row by row; True when the call is complete."""
@@ -47,8 +48,7 @@ class Transcript:
         return self.shown < (min(live) if live else max(len(row) for row in self.rows))
 
     def _token(self, row: int) -> int:
-        ended = self.call.has_eos and not bool(self.unfinished[row])
-        if ended or self.shown >= len(self.rows[row]):
+        if (self.call.has_eos and self.ended[row]) or self.shown >= len(self.rows[row]):
             return self.call.pad_id if self.call.pad_id is not None else 0
         return self.rows[row][self.shown]
 
@@ -59,7 +59,8 @@ class Transcript:
         if self.call.streamer is not None:
             self.call.streamer.put(column.cpu())
         self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
-        return int(self.unfinished.max()) == 0
+        self.ended = [not live for live in self.unfinished.tolist()]
+        return all(self.ended)
 
     def sequences(self) -> Tensor:
         """int64 [B, P + longest row], as ``generate()`` returns it; complete even after an error mid-way."""
