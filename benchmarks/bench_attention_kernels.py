@@ -82,17 +82,15 @@ def decode_table(tune: bool, chosen: int | None) -> None:
             continue
         base = choose_config(HEADS // KV_HEADS * tokens, DIM, DIM, 2, 224 * 1024)
         print(f"    chosen: {base}")
-        blocks = [(32, 4, 4), (64, 4, 3), (64, 2, 3), (32, 2, 4), (128, 4, 2), (64, 8, 3)]
-        if batch == 1:
-            grid = itertools.product(blocks, (1, 2), (8, 16, 32))
-        else:
-            grid = itertools.product(blocks, (1, 2), (1, 2, 4))
+        shapes = [(64, 4, 3), (64, 2, 3), (32, 4, 4), (32, 2, 4)]
+        splits = {1: (8, 16, 32), 4: (2, 4, 8)}.get(batch, (1, 2, 4))
         results = []
-        for (block_n, warps, stages), min_blocks, splits in grid:
-            config = DecodeConfig(base.block_m, block_n, warps, stages, min_blocks, 2)
-            results.append((problem.time(config, splits), (block_n, warps, stages), min_blocks, splits))
-        for micros, block, min_blocks, splits in sorted(results)[:8]:
-            print(f"    {micros:6.2f} us  block_n, warps, stages {block}  min_blocks {min_blocks}  splits {splits}")
+        for (block_n, warps, stages), count, block_m in itertools.product(shapes, splits, {16, base.block_m}):
+            for min_blocks in (1, 2) if count > 1 else (1,):
+                config = DecodeConfig(block_m, block_n, warps, stages, min_blocks, 2)
+                results.append((problem.time(config, count), config, count))
+        for micros, config, count in sorted(results, key=lambda result: result[0])[:6]:
+            print(f"    {micros:6.2f} us  splits {count}  {config}")
 
 
 def prefill_table(tune: bool) -> None:
@@ -105,7 +103,10 @@ def prefill_table(tune: bool) -> None:
         caches = [randn(batch * columns + 1, PAGE, KV_HEADS, DIM) for _ in range(2)]
         cu = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * length
         flops = 4 * DIM * HEADS * batch * length * (length + 1) / 2
-        shapes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)]
+        shapes = [
+            (128, 128, 8, 2), (128, 128, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 2, False, 128),
+            (128, 64, 8, 2, True, 128), (64, 64, 4, 3), (64, 64, 4, 3, True), (64, 64, 4, 2, True, 168),
+        ]  # fmt: skip
         for config in [None, *[PrefillConfig(*shape) for shape in shapes]] if tune else [None]:
             call = functools.partial(attention_prefill, q, k, v, *caches, table, cu, DIM**-0.5, config=config)
             micros = graph_time([call] * 4)

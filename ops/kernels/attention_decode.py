@@ -20,9 +20,6 @@ from torch import Tensor
 from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.split_kv import COUNTERS, merge_splits
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Device code
-
 
 @triton.jit
 def _popcount(x):
@@ -108,6 +105,7 @@ def _decode_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,  # next_power_of_2(S)
     MERGE_CHUNK: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
     M_TILES: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -152,20 +150,22 @@ def _decode_kernel(
     block_base = first // BLOCK_N
     prefix_blocks = tl.maximum(tl.cdiv(prefix, BLOCK_N) - block_base, 0)
 
+    # Splits take blocks in turns, so that a split's first page id needs no length and is on its way together with it.
+    capacity = table_columns * PAGE_SIZE
+    table = page_table_ptr + batch * stride_tb
+    offset = tl.arange(0, BLOCK_N)
+    page = _page_ids(table, (block_base + split) * BLOCK_N, offset, capacity, BLOCK_N, PAGE_SIZE)
+
     # Work is cut for the live length: the window counts as one block behind the prefix; short rows use fewer splits.
-    work = prefix_blocks + 1
-    live = tl.minimum(num_splits, tl.cdiv(work, min_blocks))
+    live = tl.minimum(num_splits, tl.cdiv(prefix_blocks + 1, min_blocks))
     if split >= live:
         return
-    begin = split * work // live
-    end = tl.minimum((split + 1) * work // live, prefix_blocks)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    table = page_table_ptr + batch * stride_tb
 
-    if split == live - 1:  # this split appends the window and attends to it, straight from the inputs
+    if split == prefix_blocks % live:  # this split appends the window and attends to it, straight from the inputs
         for w0 in range(0, N, BLOCK_W):
             col = w0 + tl.arange(0, BLOCK_W)
             col_ok = col < N
@@ -179,16 +179,17 @@ def _decode_kernel(
                 v_rows = v_ptr + batch * stride_vb + col * stride_vn + head * stride_vh
                 v = tl.load(v_rows[:, None] + dv[None, :], mask=col_ok[:, None] & (dv < DV)[None, :], other=0.0)
             if m_tile == 0:
-                position = prefix + col
-                column = tl.minimum(position // PAGE_SIZE, table_columns - 1)
-                page = tl.load(table + column, mask=col_ok, other=0).to(tl.int64)
-                k_slot = k_cache_ptr + page * stride_kcp + (position % PAGE_SIZE) * stride_kcs + head * stride_kch
-                tl.store(k_slot[:, None] + d[None, :], k, mask=col_ok[:, None] & (d < D)[None, :])
+                slot = prefix + col
+                column = tl.minimum(slot // PAGE_SIZE, table_columns - 1)
+                new_page = tl.load(table + column, mask=col_ok, other=0).to(tl.int64)
+                slot = slot % PAGE_SIZE
+                k_new = k_cache_ptr + new_page * stride_kcp + slot * stride_kcs + head * stride_kch
+                tl.store(k_new[:, None] + d[None, :], k, mask=col_ok[:, None] & (d < D)[None, :])
                 if HAS_ROPE:
-                    tl.store(k_slot[:, None] + rd[None, :], kr, mask=col_ok[:, None] & (rd < D + R)[None, :])
+                    tl.store(k_new[:, None] + rd[None, :], kr, mask=col_ok[:, None] & (rd < D + R)[None, :])
                 if not SHARED_KV:
-                    v_slot = v_cache_ptr + page * stride_vcp + (position % PAGE_SIZE) * stride_vcs + head * stride_vch
-                    tl.store(v_slot[:, None] + dv[None, :], v, mask=col_ok[:, None] & (dv < DV)[None, :])
+                    v_new = v_cache_ptr + new_page * stride_vcp + slot * stride_vcs + head * stride_vch
+                    tl.store(v_new[:, None] + dv[None, :], v, mask=col_ok[:, None] & (dv < DV)[None, :])
             if HAS_TREE:
                 visible = tl.zeros([BLOCK_M, BLOCK_W], tl.int1)
                 for word in tl.static_range(WORDS):
@@ -210,19 +211,16 @@ def _decode_kernel(
     k_cache_ptr += head * stride_kch
     v_cache_ptr += head * stride_vch
     # Page ids are read one block ahead and carried, so that the pipeline sees key loads that wait for no other load.
-    offset = tl.arange(0, BLOCK_N)
-    ahead = (block_base + begin) * BLOCK_N
-    page = _page_ids(table, ahead, offset, tl.where(begin < end, prefix, 0), BLOCK_N, PAGE_SIZE)
-    for block in tl.range(begin, end, num_stages=STAGES):
-        start = (block_base + block) * BLOCK_N
+    for turn in tl.range(0, tl.cdiv(tl.maximum(prefix_blocks - split, 0), live), num_stages=STAGES):
+        start = (block_base + split + turn * live) * BLOCK_N
         position = start + offset
-        next_page = _page_ids(table, start + BLOCK_N, offset, prefix, BLOCK_N, PAGE_SIZE)
+        next_page = _page_ids(table, start + live * BLOCK_N, offset, capacity, BLOCK_N, PAGE_SIZE)
         if BLOCK_N <= PAGE_SIZE:  # the block lies in one page
-            slot = start % PAGE_SIZE + offset
+            cache_slot = start % PAGE_SIZE + offset
         else:
-            slot = position % PAGE_SIZE
-        k_rows = k_cache_ptr + page.to(tl.int64) * stride_kcp + slot * stride_kcs
-        v_rows = v_cache_ptr + page.to(tl.int64) * stride_vcp + slot * stride_vcs
+            cache_slot = position % PAGE_SIZE
+        k_rows = k_cache_ptr + page.to(tl.int64) * stride_kcp + cache_slot * stride_kcs
+        v_rows = v_cache_ptr + page.to(tl.int64) * stride_vcp + cache_slot * stride_vcs
         page = next_page
         live_slot = position < prefix
         if HAS_WINDOW:
@@ -266,7 +264,7 @@ def _decode_kernel(
             tl.store(counter_ptr + tile, 0)  # ready for the next launch
             merge_splits(
                 part_acc_ptr, part_stat_ptr, sinks_ptr, out_ptr, live, head, m_tile,
-                N, G, HKV, DV, BLOCK_M, BLOCK_R, BLOCK_DV, BLOCK_S, MERGE_CHUNK, HAS_SINKS,
+                N, G, HKV, DV, BLOCK_M, BLOCK_R, BLOCK_DV, BLOCK_S, MERGE_CHUNK, MERGE_STAGES, HAS_SINKS,
             )  # fmt: skip
 
 
@@ -294,7 +292,7 @@ def choose_config(rows: int, dims: int, v_dim: int, itemsize: int, shared_memory
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     block_d, block_dv = max(16, triton.next_power_of_2(dims)), max(16, triton.next_power_of_2(v_dim))
     if itemsize == 4:  # full-precision dots run on the plain arithmetic units: small blocks, little pipelining
-        block_m = min(block_m, 32)
+        block_m = 16
         config = DecodeConfig(block_m, 32 if block_d <= 128 else 16, 4, 2, 2, 2)
     elif block_dv > 256:
         config = DecodeConfig(block_m, 16 if block_m == 64 else 32, 8, 2, 2, 1)
@@ -322,7 +320,8 @@ def choose_splits(tiles: int, capacity: int, config: DecodeConfig, num_sms: int)
     """Splits per tile: enough programs to fill the device, but none without keys even when the cache is full."""
     wanted = max(1, config.programs_per_sm * num_sms // tiles)
     useful = triton.cdiv(triton.cdiv(capacity, config.block_n) + 1, config.min_blocks)
-    return max(1, min(wanted, useful, 128))
+    splits = max(1, min(wanted, useful, 64))
+    return 1 << (splits.bit_length() - 1)  # the merge works on powers of two
 
 
 def attention_decode(
@@ -378,6 +377,7 @@ def attention_decode(
         part_acc = torch.empty(tiles, splits, block_r, v_dim, dtype=torch.float32, device=q.device)
         part_stat = torch.empty(tiles, splits, 2, block_r, dtype=torch.float32, device=q.device)
         counters = COUNTERS.take(q.device, tiles)
+    merge_chunk = max(1, min(triton.next_power_of_2(splits), 2048 * config.num_warps // (block_r * block_dv)))
     mask_strides = tree_mask.stride() if tree_mask is not None else (0, 0, 0)
     value, value_cache = (v, v_cache) if v is not None else (k, k_cache)
     _decode_kernel[(tiles, splits)](
@@ -393,7 +393,7 @@ def attention_decode(
         BLOCK_D=max(16, triton.next_power_of_2(dims - rotary)),
         BLOCK_RD=max(16, triton.next_power_of_2(max(rotary, 1))), BLOCK_DV=block_dv,
         BLOCK_S=triton.next_power_of_2(splits),
-        MERGE_CHUNK=max(1, min(triton.next_power_of_2(splits), 2048 * config.num_warps // (block_r * block_dv))),
+        MERGE_CHUNK=merge_chunk, MERGE_STAGES=4,
         M_TILES=m_tiles, WORDS=tree_mask.shape[2] if tree_mask is not None else 0, PAGE_SIZE=page_size,
         STAGES=config.num_stages, HAS_TREE=tree_mask is not None, HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None, SHARED_KV=v is None,

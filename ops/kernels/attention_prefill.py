@@ -111,6 +111,7 @@ def _prefill_kernel(
     BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     STAGES: tl.constexpr,
+    ONE_LOOP: tl.constexpr,  # mask every block: cheaper than draining a pipeline between loops when prompts are short
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -157,14 +158,19 @@ def _prefill_kernel(
         full_low = tl.cdiv(tl.maximum(m0 + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
         full_low = tl.minimum(tl.maximum(full_low, low), tl.maximum(full_high, low))
         full_high = tl.maximum(full_high, full_low)
+    if ONE_LOOP:
+        full_high = low
+    else:
+        if HAS_WINDOW:
+            peak, total, acc = _attend_blocks(
+                low, full_low, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak,
+                total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, True, True, HAS_SOFTCAP, SHARED_KV, STAGES,
+            )  # fmt: skip
         peak, total, acc = _attend_blocks(
-            low, full_low, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak,
-            total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, True, True, HAS_SOFTCAP, SHARED_KV, STAGES,
+            full_low, full_high, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt,
+            peak, total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, False, HAS_WINDOW, HAS_SOFTCAP, SHARED_KV,
+            STAGES,
         )  # fmt: skip
-    peak, total, acc = _attend_blocks(
-        full_low, full_high, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak,
-        total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, False, HAS_WINDOW, HAS_SOFTCAP, SHARED_KV, STAGES,
-    )  # fmt: skip
     peak, total, acc = _attend_blocks(
         full_high, high, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak,
         total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, True, HAS_WINDOW, HAS_SOFTCAP, SHARED_KV, STAGES,
@@ -203,22 +209,22 @@ class PrefillConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    one_loop: bool = False
+    max_registers: int | None = None
 
 
 def choose_config(dims: int, v_dim: int, itemsize: int, shared_memory: int) -> PrefillConfig:
     """Block shapes for heads of ``dims`` key and ``v_dim`` value dims within ``shared_memory`` bytes per program."""
     block_d, block_dv = max(16, triton.next_power_of_2(dims)), max(16, triton.next_power_of_2(v_dim))
     if itemsize == 4:  # full-precision dots run on the plain arithmetic units
-        config = PrefillConfig(32, 32 if block_d <= 128 else 16, 4, 1)
+        config = PrefillConfig(16, 32 if block_d <= 128 else 16, 4, 1)
     elif block_dv > 256:
-        config = PrefillConfig(64, 32, 8, 2)
+        config = PrefillConfig(64, 16, 8, 2)
     elif max(block_d, block_dv) > 128:
         config = PrefillConfig(128, 64, 8, 2)
     else:
         config = PrefillConfig(128, 64, 8 if block_d > 64 else 4, 3)
-    while (
-        config.num_stages * config.block_n * (block_d + block_dv) + config.block_m * block_d
-    ) * itemsize > shared_memory:
+    while (config.num_stages * config.block_n * (block_d + block_dv) + config.block_m * block_d) * itemsize > shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.block_n > 16:
@@ -266,6 +272,9 @@ def attention_prefill(
     config = config or choose_config(dims - rotary, v_dim, q.element_size(), shared_memory)
     out = torch.empty(num_tokens, num_heads, v_dim, dtype=q.dtype, device=q.device)
     value, value_cache = (v, v_cache) if v is not None else (k, k_cache)
+    # A cap on registers is what lets two programs share a multiprocessor; it is an option of NVIDIA's compiler only.
+    capped = config.max_registers is not None and torch.version.hip is None
+    options = {"maxnreg": config.max_registers} if capped else {}
     _prefill_kernel[(num_heads, triton.cdiv(num_tokens, config.block_m) + num_rows)](
         q, k, value, k_cache, value_cache, page_table, cu_seqlens, sinks if sinks is not None else q, out,
         num_rows, scale if softcap > 0 else scale * LOG2_E, float(softcap), window, page_table.shape[1],
@@ -276,7 +285,7 @@ def attention_prefill(
         BLOCK_D=max(16, triton.next_power_of_2(dims - rotary)),
         BLOCK_RD=max(16, triton.next_power_of_2(max(rotary, 1))),
         BLOCK_DV=max(16, triton.next_power_of_2(v_dim)), PAGE_SIZE=k_cache.shape[1],
-        STAGES=config.num_stages, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None,
-        SHARED_KV=v is None, num_warps=config.num_warps,
+        STAGES=config.num_stages, ONE_LOOP=config.one_loop, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
+        HAS_SINKS=sinks is not None, SHARED_KV=v is None, num_warps=config.num_warps, **options,
     )  # fmt: skip
     return out

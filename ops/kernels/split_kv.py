@@ -32,7 +32,8 @@ def merge_splits(
     BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    MERGE_CHUNK: tl.constexpr,
+    MERGE_CHUNK: tl.constexpr,  # splits read at once
+    MERGE_STAGES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     """Combine a tile's partial results. Reads bypass L1 (.cg): other programs wrote what is read here."""
@@ -43,20 +44,28 @@ def merge_splits(
     split = tl.arange(0, BLOCK_S)
     stat = part_stat_ptr + split[:, None] * (2 * BLOCK_R) + local[None, :]
     ok = (split < live)[:, None] & row_ok[None, :]
+    part_rows = part_acc_ptr + local[None, :, None] * DV + dv[None, None, :]
+    if MERGE_CHUNK == BLOCK_S:  # everything fits in registers: one round of loads, none waiting for another
+        part_ok = ok[:, :, None] & (dv < DV)[None, None, :]
+        parts = tl.load(part_rows + split[:, None, None] * BLOCK_R * DV, mask=part_ok, other=0.0, cache_modifier=".cg")
     peaks = tl.load(stat, mask=ok, other=float("-inf"), cache_modifier=".cg")  # [BLOCK_S, BLOCK_R]
     totals = tl.load(stat + BLOCK_R, mask=ok, other=0.0, cache_modifier=".cg")
     peak = tl.max(peaks, 0)
     shift = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(totals * tl.exp2(peaks - shift[None, :]), 0)
-    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    for s0 in range(0, live, MERGE_CHUNK):
-        s = s0 + tl.arange(0, MERGE_CHUNK)
-        part_ok = (s < live)[:, None] & row_ok[None, :]
-        peak_ptr = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
-        weight = tl.exp2(tl.load(peak_ptr, mask=part_ok, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
-        a_ptr = part_acc_ptr + (s[:, None] * BLOCK_R + local[None, :])[:, :, None] * DV + dv[None, None, :]
-        part = tl.load(a_ptr, mask=part_ok[:, :, None] & (dv < DV)[None, None, :], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(part * weight[:, :, None], 0)
+    weights = tl.exp2(peaks - shift[None, :])
+    total = tl.sum(totals * weights, 0)
+    if MERGE_CHUNK == BLOCK_S:
+        acc = tl.sum(parts * weights[:, :, None], 0)
+    else:
+        acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+        for s0 in tl.range(0, live, MERGE_CHUNK, num_stages=MERGE_STAGES):
+            s = s0 + tl.arange(0, MERGE_CHUNK)
+            row_live = (s < live)[:, None] & row_ok[None, :]
+            peak_ptr = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
+            weight = tl.exp2(tl.load(peak_ptr, mask=row_live, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
+            live_ok = row_live[:, :, None] & (dv < DV)[None, None, :]
+            part = tl.load(part_rows + s[:, None, None] * BLOCK_R * DV, mask=live_ok, other=0.0, cache_modifier=".cg")
+            acc += tl.sum(part * weight[:, :, None], 0)
     sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head * G + row % G, mask=row_ok, other=0.0).to(tl.float32) * 1.4426950408889634
