@@ -43,7 +43,7 @@ step() { # step NAME SECONDS COMMAND...: the log goes to $out/NAME.log
 }
 
 if [ "${TESTS:-1}" = 1 ]; then
-    step gpu_tests "${TEST_SECONDS:-90}" "$python" -m pytest tests/gpu -q -x --tb=short
+    step gpu_tests "${TEST_SECONDS:-90}" "$python" -m pytest tests/gpu -q --tb=short
     tail -n 25 "$out/gpu_tests.log"
 fi
 if [ -n "$systems" ]; then
