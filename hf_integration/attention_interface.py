@@ -99,18 +99,14 @@ def attention_function(
     """transformers' attention contract: query [B, Hq, N, D], key and value [B, Hkv, N, D] -> ([B, N, Hq, Dv], None)."""
     context = _context
     if context is None:
-        raise CaptureError(
-            "the spec_compile attention function was called outside capture; use the model's own attention."
-        )
+        raise CaptureError("the spec_compile attention function was called outside capture; use the model's own attention.")
     if attention_mask is not None:
         raise CaptureError(f"{type(module).__name__} passes its own attention mask; only causal masks can be captured.")
     unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS_KWARGS}
     if unknown:
         raise CaptureError(f"{type(module).__name__} passes {sorted(unknown)} to its attention, which no op expresses.")
     if getattr(module, "is_causal", True) is False:
-        raise CaptureError(
-            f"{type(module).__name__} is not causal; speculative decoding needs a causal language model."
-        )
+        raise CaptureError(f"{type(module).__name__} is not causal; speculative decoding needs a causal language model.")
     layer = module.layer_idx
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if hasattr(module, "kv_b_proj"):
@@ -189,6 +185,22 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
 
 
 @contextlib.contextmanager
+def capturable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Keep host syncs out of mixture-of-experts layers: transformers' grouped GEMM falls back to a loop over experts that
+    reads their sizes on the host for every dtype but bfloat16; its batched GEMM does not."""
+    before = getattr(model.config, "_experts_implementation", None)
+    device = model.get_input_embeddings().weight.device
+    if before != "grouped_mm" or device.type != "cuda" or model.dtype == torch.bfloat16:
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
 def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureContext]:
     """Make ``model``'s forward emit our ops for the duration of the block.
 
@@ -204,15 +216,14 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
         cache_len=torch.zeros(batch, dtype=torch.int32, device=device),
         cache=CaptureCache(num_layers),
         windows=layer_windows(config),
-        slots={
-            (i, part): torch.zeros(1, 1, 1, 1, device=device) for i in range(num_layers) for part in ("k", "v", "kv")
-        },
+        slots={(i, part): torch.zeros(1, 1, 1, 1, device=device) for i in range(num_layers) for part in ("k", "v", "kv")},
     )
     original = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     _context = context
     try:
-        yield context
+        with capturable_experts(model):
+            yield context
     finally:
         _context = None
         model.set_attn_implementation(original)

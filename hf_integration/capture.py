@@ -64,9 +64,7 @@ def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dy
                 return stop
 
             def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-                out = model(
-                    input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True
-                )
+                out = model(input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True)
                 return out.logits
 
             if dynamic_length:
@@ -98,9 +96,7 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
         raise CaptureError(_message(model, str(error))) from error
     except Exception as error:
         cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
-        raise CaptureError(
-            _message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))
-        ) from error
+        raise CaptureError(_message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))) from error
     finally:
         torch._dynamo.eval_frame.remove_from_cache(fresh)
 

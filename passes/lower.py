@@ -20,9 +20,7 @@ def lower(graph: StageGraph) -> StageGraph:
     for node in attention_nodes(graph):
         name = node.meta.get("provider")
         if name is None:
-            raise BackendError(
-                f"attention node {node.name} of the {graph.stage} graph has no provider; run select_backend."
-            )
+            raise BackendError(f"attention node {node.name} of the {graph.stage} graph has no provider; run select_backend.")
         node.target = providers.load(name).lower(node.meta["attention_node"])
     left = attention_nodes(graph)
     if left:

@@ -69,9 +69,7 @@ def segment_key(segment: fx.GraphModule) -> str:
             lines.append(f"in {_describe(fake(node))}")
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
-        target = (
-            node.target if isinstance(node.target, str) else f"{getattr(node.target, '__module__', '')}.{node.target}"
-        )
+        target = node.target if isinstance(node.target, str) else f"{getattr(node.target, '__module__', '')}.{node.target}"
         lines.append(f"{node.op} {target} {args} {kwargs}")
     return "\n".join(lines)
 

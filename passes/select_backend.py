@@ -58,9 +58,7 @@ def candidates(hardware: Hardware, backend: str | Mapping[str, str], stage: str)
     return (backend,)
 
 
-def select_backend(
-    graph: StageGraph, hardware: Hardware, backend: str | Mapping[str, str], page_size: int
-) -> list[Choice]:
+def select_backend(graph: StageGraph, hardware: Hardware, backend: str | Mapping[str, str], page_size: int) -> list[Choice]:
     """Choose a provider for each attention node of ``graph``.
 
     Args:
@@ -97,9 +95,7 @@ def choose(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, nam
         availability = provider.probe()
         reason = availability.problem if not availability.ok else provider.supports(node, hardware)
         if reason is None:
-            why = (
-                "forced" if len(names) == 1 and hardware.is_cuda else f"first of {', '.join(names)} on {hardware.arch}"
-            )
+            why = "forced" if len(names) == 1 and hardware.is_cuda else f"first of {', '.join(names)} on {hardware.arch}"
             rest = {n: f"{name} comes first" for n in names if n != name and n not in losers}
             return Choice(node.stage, node, layers, name, why, losers | rest)
         losers[name] = reason

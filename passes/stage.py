@@ -38,9 +38,7 @@ def _pack(graph: StageGraph, nodes: list[torch.fx.Node]) -> None:
     for node in nodes:
         num_new = 2 if node.target is _MLA else 3  # q, kv or q, k, v
         caches = 1 if node.target is _MLA else 2
-        target = (
-            torch.ops.spec_compile.mla_prefill_attention if num_new == 2 else torch.ops.spec_compile.prefill_attention
-        )
+        target = torch.ops.spec_compile.mla_prefill_attention if num_new == 2 else torch.ops.spec_compile.prefill_attention
         new, (cache_args, rest) = (
             node.args[:num_new],
             (node.args[num_new : num_new + caches + 1], node.args[num_new + caches + 3 :]),
@@ -62,9 +60,7 @@ def _pack(graph: StageGraph, nodes: list[torch.fx.Node]) -> None:
 def _attach_tree_mask(graph: StageGraph, nodes: list[torch.fx.Node]) -> None:
     query = fake(nodes[0].args[0])  # [B, N, H, D]
     words = (query.shape[1] + 31) // 32
-    tree_mask = add_runtime_input(
-        graph, "tree_mask", query.new_empty(query.shape[0], query.shape[1], words, dtype=torch.int32)
-    )
+    tree_mask = add_runtime_input(graph, "tree_mask", query.new_empty(query.shape[0], query.shape[1], words, dtype=torch.int32))
     for node in nodes:
         position = 5 if node.target is _MLA else 7
         node.update_arg(position, tree_mask)

@@ -42,9 +42,7 @@ class SpecConfig:
         if self.num_steps is not None and not 1 <= self.num_steps <= 63:
             raise ConfigError(f"num_steps={self.num_steps}: draft 1 to 63 tokens a round, or pass draft=None for none.")
         if not 1 <= self.min_ngram <= self.max_ngram:
-            raise ConfigError(
-                f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram."
-            )
+            raise ConfigError(f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram.")
         if self.compile not in ("inductor", "none"):
             raise ConfigError(f"compile={self.compile!r}: choose 'inductor' or 'none'.")
         if self.page_size < 16 or self.page_size & (self.page_size - 1):

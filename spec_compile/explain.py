@@ -11,9 +11,7 @@ def explain(engine: Engine) -> str:
     """Every graph built so far: provider by layer group with reasons, what the passes did, what was captured."""
     lines = [f"{type(engine.target.model).__name__} on {engine.hardware.name} ({engine.hardware.arch})"]
     if engine.config.simulate_accept_length is not None:
-        lines.append(
-            f"SIMULATED acceptance of {engine.config.simulate_accept_length}: the emitted text is not the model's"
-        )
+        lines.append(f"SIMULATED acceptance of {engine.config.simulate_accept_length}: the emitted text is not the model's")
     draft = engine.draft
     lines.append(f"draft: {'none' if draft is None else f'{draft.kind}, {draft.num_steps} tokens a round'}")
     lines += _runner("target", engine.target)

@@ -145,9 +145,7 @@ class SpecHandle:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)
 
-    def _run_rounds(
-        self, request: Request, transcript: Transcript, timing: Timing
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _run_rounds(self, request: Request, transcript: Transcript, timing: Timing) -> tuple[list[list[int]], list[list[int]]]:
         """Rounds until the transcript is complete; per row, the accept length and the drafts of each of its rounds."""
         lengths: list[list[int]] = [[] for _ in transcript.rows]
         drafted: list[list[int]] = [[] for _ in transcript.rows]

@@ -52,6 +52,4 @@ def _detect_cuda(index: int) -> Hardware:
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]  # "gfx942:sramecc+:xnack-" -> "gfx942"
         return Hardware("amd", arch, properties.multi_processor_count, properties.name)
-    return Hardware(
-        "nvidia", f"sm{properties.major}{properties.minor}", properties.multi_processor_count, properties.name
-    )
+    return Hardware("nvidia", f"sm{properties.major}{properties.minor}", properties.multi_processor_count, properties.name)

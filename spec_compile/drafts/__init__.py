@@ -45,9 +45,7 @@ def make_draft(
         )
     embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
     if embedding.device != wanted.device:
-        raise DraftError(
-            f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}')."
-        )
+        raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     return CausalLMDraft(make_runner(draft), config.num_steps or _CAUSAL_LM_STEPS, vocab_size)
 
@@ -56,7 +54,5 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     except (OSError, ValueError) as error:
-        raise DraftError(
-            f"draft={name!r} is neither 'ngram' nor a causal LM that transformers can load: {error}"
-        ) from error
+        raise DraftError(f"draft={name!r} is neither 'ngram' nor a causal LM that transformers can load: {error}") from error
     return model.to(target.get_input_embeddings().weight.device).eval()

@@ -83,9 +83,7 @@ class CausalLMDraft:
         full = torch.stack(probs, 1) if plan.do_sample else None
         return Proposal(torch.stack(tokens, 1), full)
 
-    def _choose(
-        self, result: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan
-    ) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, result: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
         """The next draft token [B] and, when sampling, the law [B, V] it was drawn from."""
         if self._ids_only(plan):
             return result, None

@@ -111,9 +111,7 @@ class Engine:
                 self.graphs.clear()
                 self._warmed.clear()
             pages = self.target.pool.page_table.shape[1]
-            self._buffers = new_state(
-                rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens
-            )
+            self._buffers = new_state(rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens)
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
@@ -151,13 +149,15 @@ class Engine:
         name = f"{state.cache_len.shape[0]} rows × {num_drafts + 1} tokens"
         try:
             self.graphs.capture(self._key(state, plan, num_drafts), name, lambda: self._round(state, plan, num_drafts))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory, or an operation of the model that cannot be captured
             self.graphs.clear()
             self.graphs = None
             log.warning(
-                "no memory to capture the CUDA graph of %s; rounds are launched kernel by kernel from now on, which costs "
-                "several milliseconds each. Free memory and call spec_compile() again to get graphs back.", name
-            )  # fmt: skip
+                "the CUDA graph of %s could not be captured (%s); rounds are launched kernel by kernel from now on, which "
+                "costs several milliseconds each. After freeing memory, call spec_compile() again to get graphs back.",
+                name,
+                str(error).splitlines()[0],
+            )
             self._round(state, plan, num_drafts)
         self.capture_seconds += time.perf_counter() - start - (self.compiler.seconds - compiled)
 

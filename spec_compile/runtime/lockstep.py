@@ -66,9 +66,7 @@ def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor]:
     batch = len(request.prompts)
     engine.reserve(engine.bucket(batch), max(request.end_len) + engine.num_steps + 2)
     state = engine.fill(batch, request)
-    logits = engine.target.prefill(
-        request.prompts, state.page_table, argmax=False, max_tokens=engine.config.max_prefill_tokens
-    )
+    logits = engine.target.prefill(request.prompts, state.page_table, argmax=False, max_tokens=engine.config.max_prefill_tokens)
     if engine.draft is not None:
         engine.draft.prepare(batch, _GREEDY)
         engine.draft.prefill(request.prompts, state)

@@ -82,7 +82,7 @@ class ModelRunner:
             name = shape[0] if shape[0] == "prefill" else f"{shape[0]}, {shape[1]} rows × {shape[2]} tokens"
             self.choices[name], self.reports[name] = choices, graph.report
             self._layouts = self._layouts or kv_pool.layouts(choices)
-            self._programs[key] = build_program(graph, compiler)
+            self._programs[key] = build_program(graph, compiler, single_token=shape[1:] == (1, 1))
             if self.pool is not None:
                 self._programs[key].bind(self.pool.caches)
         return self._programs[key]

@@ -58,18 +58,22 @@ class SegmentCompiler:
     seconds: float = 0.0
     artifacts: dict[str, Callable] = field(default_factory=dict)
 
-    def prepare(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """Replace every segment of a partitioned graph by its compiled form."""
+    def prepare(self, gm: fx.GraphModule, *, single_token: bool) -> fx.GraphModule:
+        """Replace every segment of a partitioned graph by its compiled form.
+
+        Args:
+            single_token: the graph computes one token of one row: its linears are matrix-vector products.
+        """
         if self.mode == "none":
             return gm
         for call in [n for n in gm.graph.nodes if n.op == "call_module"]:
             if any(_is_row_index(arg) for arg in call.args):
                 continue  # as many rows as prompts: a shape Dynamo did not see and Inductor would fix
             segment = gm.get_submodule(call.target)
-            setattr(gm, call.target, CompiledSegment(segment, segment_key(segment), self))
+            setattr(gm, call.target, CompiledSegment(segment, segment_key(segment), self, single_token))
         return gm
 
-    def compile(self, key: str, segment: fx.GraphModule, args: tuple) -> Callable:
+    def compile(self, key: str, segment: fx.GraphModule, args: tuple, single_token: bool) -> Callable:
         """The artifact of ``segment``: for exactly these shapes, or for every packed length if one is symbolic."""
         if key not in self.artifacts:
             start = time.perf_counter()
@@ -77,9 +81,8 @@ class SegmentCompiler:
             fakes = [fake(node) for node in placeholders(segment)]
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
-            self.artifacts[key] = torch._inductor.compile(
-                segment, examples, options={"post_grad_custom_pre_pass": salt, **_inductor_options(self.hardware)}
-            )
+            options = {"post_grad_custom_pre_pass": salt, **_inductor_options(self.hardware, single_token)}
+            self.artifacts[key] = torch._inductor.compile(segment, examples, options=options)
             self.seconds += time.perf_counter() - start
         return self.artifacts[key]
 
@@ -89,21 +92,26 @@ def _is_row_index(arg: object) -> bool:
     return isinstance(binding, RuntimeInput) and binding.name == "logit_index"
 
 
-def _inductor_options(hardware: Hardware) -> dict[str, object]:
-    return {"triton.cudagraphs": False} if hardware.is_cuda else {}
+def _inductor_options(hardware: Hardware, single_token: bool) -> dict[str, object]:
+    """On a GPU: rounds are captured by us; independent small kernels (query and key rotation) become one launch; and
+    matrix-vector products become Triton reductions with norm and activation fused in, which coordinate descent tunes. On an
+    H200 that takes an 8B decode step from 4.75 to 4.15 ms; wider windows stay with cuBLAS, which is faster there."""
+    if not hardware.is_cuda:
+        return {}
+    return {"triton.cudagraphs": False, "combo_kernels": True, "coordinate_descent_tuning": single_token}
 
 
 class CompiledSegment(nn.Module):
     """A segment that compiles itself on its first call."""
 
-    def __init__(self, segment: fx.GraphModule, key: str, compiler: SegmentCompiler) -> None:
+    def __init__(self, segment: fx.GraphModule, key: str, compiler: SegmentCompiler, single_token: bool) -> None:
         super().__init__()
         object.__setattr__(self, "source", segment)  # not a submodule: its parameters are the caller's business
-        self.key, self.compiler, self.artifact = key, compiler, None
+        self.key, self.compiler, self.single_token, self.artifact = key, compiler, single_token, None
 
     def forward(self, *args):
         if self.artifact is None:
-            self.artifact = self.compiler.compile(self.key, self.source, args)
+            self.artifact = self.compiler.compile(self.key, self.source, args, self.single_token)
             object.__setattr__(self, "source", None)
         out = self.artifact(*args)
         # split_module expects a segment with one output to return it bare; Inductor's callables return a sequence.
@@ -136,7 +144,7 @@ class StageProgram:
         return self.gm(*args)[0]
 
 
-def build_program(graph: StageGraph, compiler: SegmentCompiler) -> StageProgram:
-    """The program of a partitioned graph; unbound."""
+def build_program(graph: StageGraph, compiler: SegmentCompiler, *, single_token: bool) -> StageProgram:
+    """The program of a partitioned graph; unbound. ``single_token`` as in ``SegmentCompiler.prepare``."""
     bindings = [node.meta["binding"] for node in placeholders(graph.gm)]
-    return StageProgram(compiler.prepare(graph.gm), bindings, graph.report)
+    return StageProgram(compiler.prepare(graph.gm, single_token=single_token), bindings, graph.report)

@@ -91,9 +91,7 @@ class DecodeState:
     def rows(self, count: int) -> DecodeState:
         """The first ``count`` rows: views, so a graph of a smaller bucket works on the same memory."""
         views = {
-            f.name: value[:count]
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "eos_ids"
-            else value
+            f.name: value[:count] if isinstance(value := getattr(self, f.name), Tensor) and f.name != "eos_ids" else value
             for f in dataclasses.fields(self)
         }
         return DecodeState(**views)

