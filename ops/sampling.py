@@ -199,8 +199,8 @@ def warp_logits(
 def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -> Tensor:
     """Which tokens top-k and then top-p keep, bool [R, V], from a list of the ``max_top_k`` best instead of a sort.
 
-    Low-precision logits tie often, so ties are exact: top-k keeps all ties of the k-th value, listed or not, and of a
-    group that top-p splits the lower ids go first, as in a stable sort.
+    Low-precision logits tie often, so ties are counted: top-k keeps all ties of the k-th value, listed or not, and of a
+    group that top-p splits as many go as with a sort, lower ids first. (Which of them a sort removes is its own affair.)
     """
     width = min(max_top_k, scores.shape[-1])
     best = scores.topk(width, dim=-1).values  # [R, W], descending
