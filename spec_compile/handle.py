@@ -75,6 +75,16 @@ class SpecHandle:
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
 
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # a copy of the model is a plain model: pools and graphs belong to the original's weights
+
+    def _why_not_this(self, model: PreTrainedModel) -> str | None:
+        if model is not self._model:
+            return "this is a copy of the compiled model; call spec_compile() on it"
+        if self._engine.weights_moved():
+            return "its weights were moved or replaced since spec_compile(); call spec_compile() again"
+        return None
+
     def _say_plain(self, reason: str) -> None:
         self._stats = SpecStats(mode="plain")
         if self._enabled and reason not in self._told:
@@ -107,7 +117,7 @@ class SpecHandle:
         if not self._enabled:
             self._stats = SpecStats(mode="plain")
             return run_plain()
-        reason = why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
+        reason = self._why_not_this(model) or why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
         if reason is not None:
             self._say_plain(reason)
             return run_plain()

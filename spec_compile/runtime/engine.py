@@ -214,6 +214,11 @@ class Engine:
             self.draft.prefill(request.prompts, live)
         commit(self.draft, live, self.first_tokens(result, live, plan)[:, None], torch.ones_like(live.cache_len))
 
+    def weights_moved(self) -> bool:
+        """Whether the target's or the draft's parameters were replaced or moved since they were compiled."""
+        runners = [self.target, getattr(self.draft, "runner", None)]
+        return any(r.weights_moved() for r in runners if r is not None)
+
     def captured(self) -> list[tuple[str, int]]:
         """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""
         return [(r.name, r.nbytes) for r in self.graphs.rounds.values()] if self.graphs is not None else []

@@ -44,6 +44,7 @@ class ModelRunner:
         self.pool: kv_pool.KVPool | None = None
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
+        self._weights: list[int] = []
         self._layouts: list[kv_pool.LayerLayout] | None = None
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
@@ -85,7 +86,15 @@ class ModelRunner:
             self._programs[key] = build_program(graph, compiler, single_token=shape[1:] == (1, 1))
             if self.pool is not None:
                 self._programs[key].bind(self.pool.caches)
+            self._weights = self._weight_addresses()  # fusing may just have moved them
         return self._programs[key]
+
+    def _weight_addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self.model.parameters()]
+
+    def weights_moved(self) -> bool:
+        """Whether the model's parameters are no longer the tensors the programs are bound to (``.to()``, replaced layers)."""
+        return self._weights != self._weight_addresses()
 
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make sure the pool has ``rows`` rows of ``capacity`` slots; True when it was (re)allocated.
