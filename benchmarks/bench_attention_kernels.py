@@ -82,7 +82,7 @@ def decode_table(tune: bool, chosen: int | None) -> None:
             continue
         base = choose_config(HEADS // KV_HEADS * tokens, DIM, DIM, 2, 224 * 1024)
         print(f"    chosen: {base}")
-        shapes = [(64, 4, 3), (64, 2, 3), (32, 4, 4), (32, 2, 4)]
+        shapes = [(64, 4, 3), (64, 2, 3), (32, 4, 4), (64, 4, 4), (128, 4, 2)]
         splits = {1: (8, 16, 32), 4: (2, 4, 8)}.get(batch, (1, 2, 4))
         results = []
         for (block_n, warps, stages), count, block_m in itertools.product(shapes, splits, {16, base.block_m}):
@@ -103,10 +103,7 @@ def prefill_table(tune: bool) -> None:
         caches = [randn(batch * columns + 1, PAGE, KV_HEADS, DIM) for _ in range(2)]
         cu = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * length
         flops = 4 * DIM * HEADS * batch * length * (length + 1) / 2
-        shapes = [
-            (128, 128, 8, 2), (128, 128, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 2, False, 128),
-            (128, 64, 8, 2, True, 128), (64, 64, 4, 3), (64, 64, 4, 3, True), (64, 64, 4, 2, True, 168),
-        ]  # fmt: skip
+        shapes = [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3, True), (64, 32, 4, 4, True), (64, 64, 4, 2, True)]
         for config in [None, *[PrefillConfig(*shape) for shape in shapes]] if tune else [None]:
             call = functools.partial(attention_prefill, q, k, v, *caches, table, cu, DIM**-0.5, config=config)
             micros = graph_time([call] * 4)

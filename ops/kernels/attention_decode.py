@@ -103,8 +103,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_RD: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # next_power_of_2(S)
-    MERGE_CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,  # S > 1
     MERGE_STAGES: tl.constexpr,
     M_TILES: tl.constexpr,
     WORDS: tl.constexpr,
@@ -248,7 +247,7 @@ def _decode_kernel(
         o_rows = out_ptr + (token * HKV * G + head * G + row % G) * DV
         o = normalize(peak, total, acc, sink)
         tl.store(o_rows[:, None] + dv[None, :], o, mask=row_ok[:, None] & (dv < DV)[None, :])
-    elif BLOCK_S > 1:
+    elif SPLIT:
         local = tl.arange(0, BLOCK_M)
         part_acc_ptr += tile.to(tl.int64) * num_splits * BLOCK_R * DV
         part_stat_ptr += tile * num_splits * 2 * BLOCK_R
@@ -264,7 +263,7 @@ def _decode_kernel(
             tl.store(counter_ptr + tile, 0)  # ready for the next launch
             merge_splits(
                 part_acc_ptr, part_stat_ptr, sinks_ptr, out_ptr, live, head, m_tile,
-                N, G, HKV, DV, BLOCK_M, BLOCK_R, BLOCK_DV, BLOCK_S, MERGE_CHUNK, MERGE_STAGES, HAS_SINKS,
+                N, G, HKV, DV, BLOCK_M, BLOCK_R, BLOCK_DV, MERGE_STAGES, HAS_SINKS,
             )  # fmt: skip
 
 
@@ -320,8 +319,7 @@ def choose_splits(tiles: int, capacity: int, config: DecodeConfig, num_sms: int)
     """Splits per tile: enough programs to fill the device, but none without keys even when the cache is full."""
     wanted = max(1, config.programs_per_sm * num_sms // tiles)
     useful = triton.cdiv(triton.cdiv(capacity, config.block_n) + 1, config.min_blocks)
-    splits = max(1, min(wanted, useful, 64))
-    return 1 << (splits.bit_length() - 1)  # the merge works on powers of two
+    return max(1, min(wanted, useful, 64))
 
 
 def attention_decode(
@@ -377,7 +375,7 @@ def attention_decode(
         part_acc = torch.empty(tiles, splits, block_r, v_dim, dtype=torch.float32, device=q.device)
         part_stat = torch.empty(tiles, splits, 2, block_r, dtype=torch.float32, device=q.device)
         counters = COUNTERS.take(q.device, tiles)
-    merge_chunk = max(1, min(triton.next_power_of_2(splits), 2048 * config.num_warps // (block_r * block_dv)))
+    merge_stages = max(1, min(8, 64 * 1024 // (block_r * block_dv * 4)))  # reads in flight, within shared memory
     mask_strides = tree_mask.stride() if tree_mask is not None else (0, 0, 0)
     value, value_cache = (v, v_cache) if v is not None else (k, k_cache)
     _decode_kernel[(tiles, splits)](
@@ -392,8 +390,7 @@ def attention_decode(
         BLOCK_W=min(max(16, triton.next_power_of_2(num_tokens)), 64),
         BLOCK_D=max(16, triton.next_power_of_2(dims - rotary)),
         BLOCK_RD=max(16, triton.next_power_of_2(max(rotary, 1))), BLOCK_DV=block_dv,
-        BLOCK_S=triton.next_power_of_2(splits),
-        MERGE_CHUNK=merge_chunk, MERGE_STAGES=4,
+        SPLIT=splits > 1, MERGE_STAGES=merge_stages,
         M_TILES=m_tiles, WORDS=tree_mask.shape[2] if tree_mask is not None else 0, PAGE_SIZE=page_size,
         STAGES=config.num_stages, HAS_TREE=tree_mask is not None, HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None, SHARED_KV=v is None,

@@ -213,8 +213,12 @@ class PrefillConfig:
     max_registers: int | None = None
 
 
-def choose_config(dims: int, v_dim: int, itemsize: int, shared_memory: int) -> PrefillConfig:
-    """Block shapes for heads of ``dims`` key and ``v_dim`` value dims within ``shared_memory`` bytes per program."""
+def choose_config(dims: int, v_dim: int, itemsize: int, shared_memory: int, mean_length: int = 0) -> PrefillConfig:
+    """Block shapes for heads of ``dims`` key and ``v_dim`` value dims within ``shared_memory`` bytes per program.
+
+    Short prompts (by their mean, all the host knows) get tiles of which two fit a multiprocessor, as the start and end
+    of a program weigh most there; long ones get the largest tiles that registers hold.
+    """
     block_d, block_dv = max(16, triton.next_power_of_2(dims)), max(16, triton.next_power_of_2(v_dim))
     if itemsize == 4:  # full-precision dots run on the plain arithmetic units
         config = PrefillConfig(16, 32 if block_d <= 128 else 16, 4, 1)
@@ -222,8 +226,10 @@ def choose_config(dims: int, v_dim: int, itemsize: int, shared_memory: int) -> P
         config = PrefillConfig(64, 16, 8, 2)
     elif max(block_d, block_dv) > 128:
         config = PrefillConfig(128, 64, 8, 2)
+    elif mean_length < 1024:
+        config = PrefillConfig(64, 64, 4, 3, one_loop=True)
     else:
-        config = PrefillConfig(128, 64, 8 if block_d > 64 else 4, 3)
+        config = PrefillConfig(128, 128, 8, 2)
     while (config.num_stages * config.block_n * (block_d + block_dv) + config.block_m * block_d) * itemsize > shared_memory:
         if config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
@@ -269,7 +275,7 @@ def attention_prefill(
     num_kv_heads, num_rows = k.shape[1], cu_seqlens.shape[0] - 1
     v_dim = v.shape[2] if v is not None else v_dim
     rotary = 0 if v is not None else dims - v_dim
-    config = config or choose_config(dims - rotary, v_dim, q.element_size(), shared_memory)
+    config = config or choose_config(dims - rotary, v_dim, q.element_size(), shared_memory, num_tokens // max(num_rows, 1))
     out = torch.empty(num_tokens, num_heads, v_dim, dtype=q.dtype, device=q.device)
     value, value_cache = (v, v_cache) if v is not None else (k, k_cache)
     # A cap on registers is what lets two programs share a multiprocessor; it is an option of NVIDIA's compiler only.

@@ -31,8 +31,6 @@ def merge_splits(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    MERGE_CHUNK: tl.constexpr,  # splits read at once
     MERGE_STAGES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
@@ -41,31 +39,24 @@ def merge_splits(
     row = m_tile * BLOCK_M + local
     row_ok = row < G * N
     dv = tl.arange(0, BLOCK_DV)
-    split = tl.arange(0, BLOCK_S)
-    stat = part_stat_ptr + split[:, None] * (2 * BLOCK_R) + local[None, :]
-    ok = (split < live)[:, None] & row_ok[None, :]
-    part_rows = part_acc_ptr + local[None, :, None] * DV + dv[None, None, :]
-    if MERGE_CHUNK == BLOCK_S:  # everything fits in registers: one round of loads, none waiting for another
-        part_ok = ok[:, :, None] & (dv < DV)[None, None, :]
-        parts = tl.load(part_rows + split[:, None, None] * BLOCK_R * DV, mask=part_ok, other=0.0, cache_modifier=".cg")
-    peaks = tl.load(stat, mask=ok, other=float("-inf"), cache_modifier=".cg")  # [BLOCK_S, BLOCK_R]
-    totals = tl.load(stat + BLOCK_R, mask=ok, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, 0)
-    shift = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(peaks - shift[None, :])
-    total = tl.sum(totals * weights, 0)
-    if MERGE_CHUNK == BLOCK_S:
-        acc = tl.sum(parts * weights[:, :, None], 0)
-    else:
-        acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-        for s0 in tl.range(0, live, MERGE_CHUNK, num_stages=MERGE_STAGES):
-            s = s0 + tl.arange(0, MERGE_CHUNK)
-            row_live = (s < live)[:, None] & row_ok[None, :]
-            peak_ptr = part_stat_ptr + s[:, None] * (2 * BLOCK_R) + local[None, :]
-            weight = tl.exp2(tl.load(peak_ptr, mask=row_live, other=float("-inf"), cache_modifier=".cg") - shift[None, :])
-            live_ok = row_live[:, :, None] & (dv < DV)[None, None, :]
-            part = tl.load(part_rows + s[:, None, None] * BLOCK_R * DV, mask=live_ok, other=0.0, cache_modifier=".cg")
-            acc += tl.sum(part * weight[:, :, None], 0)
+    ok = row_ok[:, None] & (dv < DV)[None, :]
+    part_ptr = part_acc_ptr + local[:, None] * DV + dv[None, :]
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    # One split a turn, online: a tile of several splits at once would be summed across warps, through shared memory.
+    for split in tl.range(0, live, num_stages=MERGE_STAGES):
+        stat = part_stat_ptr + split * (2 * BLOCK_R) + local
+        part_peak = tl.load(stat, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(stat + BLOCK_R, mask=row_ok, other=0.0, cache_modifier=".cg")
+        part = tl.load(part_ptr + split * (BLOCK_R * DV), mask=ok, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, part_peak)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        alpha = tl.exp2(peak - shift)
+        beta = tl.exp2(part_peak - shift)
+        total = total * alpha + part_total * beta
+        acc = acc * alpha[:, None] + part * beta[:, None]
+        peak = new_peak
     sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head * G + row % G, mask=row_ok, other=0.0).to(tl.float32) * 1.4426950408889634
