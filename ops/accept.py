@@ -80,16 +80,15 @@ def residual_weights(window_ids: Tensor, draft_probs: Tensor | None, target_prob
     After a rejection (p - q)+, or p without the drafted token when q is one-hot; p when every draft was accepted.
     """
     num_drafts = window_ids.shape[1] - 1
-    vocab_size = target_probs.shape[2]
-    target = target_probs.gather(1, accepted[:, None, None].expand(-1, 1, vocab_size))[:, 0]  # [B, V]
+    row = torch.arange(window_ids.shape[0], device=window_ids.device)
+    target = target_probs[row, accepted]  # [B, V]
     if num_drafts == 0:
         return target
-    rejected = accepted.clamp(max=num_drafts - 1)[:, None]  # [B, 1]; meaningless when all were accepted
+    rejected = accepted.clamp(max=num_drafts - 1)  # [B]; meaningless when all were accepted
     if draft_probs is None:
-        weights = target.scatter(1, window_ids.gather(1, rejected + 1), 0.0)
+        weights = target.scatter(1, window_ids[row, rejected + 1][:, None], 0.0)
     else:
-        draft = draft_probs.gather(1, rejected[:, :, None].expand(-1, 1, vocab_size))[:, 0]
-        weights = (target - draft).clamp(min=0.0)
+        weights = (target - draft_probs[row, rejected]).clamp_(min=0.0)
     # Rounding can reject a token where p == q up to the last bit; nothing is left then, and p is as good as it gets.
     keep_target = (accepted[:, None] == num_drafts) | (weights.amax(1, keepdim=True) <= 0)
     return torch.where(keep_target, target, weights)

@@ -236,8 +236,10 @@ def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len:
     Returns:
         [B, N, V], ``logits`` with -inf where an end is not allowed yet.
     """
-    vocab = torch.arange(logits.shape[-1], device=logits.device)
-    is_eos = (vocab[:, None] == eos_ids).any(-1)  # [V]
+    vocab_size = logits.shape[-1]
+    inside = (eos_ids >= 0) & (eos_ids < vocab_size)
+    is_eos = torch.zeros(vocab_size + 1, dtype=torch.bool, device=logits.device)  # the last place is nobody's
+    is_eos = is_eos.scatter(0, torch.where(inside, eos_ids, vocab_size), True)[:-1]  # [V]
     length = cache_len[:, None] + 1 + torch.arange(logits.shape[1], device=logits.device)  # [B, N]
     early = length < min_len[:, None]
     return logits.masked_fill(early[:, :, None] & is_eos, float("-inf"))
