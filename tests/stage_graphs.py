@@ -1,0 +1,136 @@
+"""Hand-made stage graphs for the pass tests: a plain function becomes what capture would hand over, and runs again.
+
+``stage_graph(fn, "verify", x=..., weight=...)`` traces ``fn`` with one placeholder a keyword. What a keyword is given
+says what the placeholder is bound to: ``Input("input_ids", example)`` to a runtime input, ``CacheSlot`` to a cache,
+a tensor or parameter to itself. ``run`` evaluates a graph before or after any pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spec_compile.ops.attention  # noqa: F401 (registers the ops)
+from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, placeholders
+
+
+@dataclass(frozen=True)
+class Input:
+    """A runtime input ``name`` of ``example``'s shape and type."""
+
+    name: str
+    example: Tensor
+
+
+def stage_graph(fn: Callable[..., object], stage: str, **inputs: Input | CacheSlot | Tensor) -> StageGraph:
+    """``fn`` as a captured graph: bindings on placeholders, fakes on every node, outputs in a tuple."""
+    gm = fx.symbolic_trace(fn)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for node in placeholders(gm):
+        given = inputs[node.target]
+        node.meta["binding"] = RuntimeInput(given.name) if isinstance(given, Input) else given
+        example = given.example if isinstance(given, Input) else given
+        example = torch.zeros(1, 1, 1, 1) if isinstance(example, CacheSlot) else example.detach()
+        node.meta["example_value"] = mode.from_tensor(example)
+    _propagate(gm, mode)
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    if not isinstance(output.args[0], tuple):
+        output.args = ((output.args[0],),)
+    gm.recompile()
+    return StageGraph(gm, stage)
+
+
+def _propagate(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def value(node: fx.Node) -> object:
+        return node.meta["example_value"]
+
+    with mode:
+        for node in gm.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            if node.op == "call_function":
+                if isinstance(node.target, torch._ops.OpOverload):
+                    node.target = node.target.overloadpacket  # as Dynamo writes custom ops
+                node.meta["example_value"] = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def run(graph: StageGraph, caches: dict[tuple[int, str], Tensor] | None = None, **inputs: Tensor) -> tuple:
+    """Evaluate ``graph`` over real tensors: caches by (layer, part), runtime inputs by name. Returns its outputs."""
+    args = []
+    for node in placeholders(graph.gm):
+        binding = node.meta["binding"]
+        if isinstance(binding, CacheSlot):
+            args.append(caches[binding.layer, binding.part])
+        elif isinstance(binding, RuntimeInput):
+            args.append(inputs[binding.name])
+        else:
+            args.append(binding)
+    with torch.no_grad():
+        return graph.gm(*args)
+
+
+def calls(graph: StageGraph) -> list[fx.Node]:
+    return [n for n in graph.gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+
+
+def name(node: fx.Node) -> str:
+    """What a node calls, by its bare name: ``"linear"``, ``"attention_torch"``, ``"submod_0"``."""
+    target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return getattr(target, "__name__", str(target)).rsplit(".", 1)[-1]
+
+
+def names(graph: StageGraph) -> list[str]:
+    """What the graph calls, in order."""
+    return [name(node) for node in calls(graph)]
+
+
+def find(graph: StageGraph, wanted: str) -> list[fx.Node]:
+    """The nodes that call ``wanted``."""
+    return [node for node in calls(graph) if name(node) == wanted]
+
+
+def runtime_inputs(graph: StageGraph) -> list[str]:
+    """Names of the runtime inputs in placeholder order."""
+    bindings = [n.meta["binding"] for n in placeholders(graph.gm)]
+    return [b.name for b in bindings if isinstance(b, RuntimeInput)]
+
+
+def bindings(graph: StageGraph) -> list:
+    return [n.meta["binding"] for n in placeholders(graph.gm)]
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, dtype=dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention calls, the way capture writes them
+
+
+def attention_inputs(batch: int = 2, num_tokens: int = 3, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> dict:
+    """Keywords of ``stage_graph`` for one layer's attention over windows [batch, num_tokens]."""
+    return {
+        "q": Input("q", torch.zeros(batch, num_tokens, heads, dim)),
+        "k": Input("k", torch.zeros(batch, num_tokens, kv_heads, dim)),
+        "v": Input("v", torch.zeros(batch, num_tokens, kv_heads, dim)),
+        "k_cache": CacheSlot(0, "k"),
+        "v_cache": CacheSlot(0, "v"),
+        "page_table": Input("page_table", torch.zeros(batch, 1, dtype=torch.int32)),
+        "cache_len": Input("cache_len", torch.zeros(batch, dtype=torch.int32)),
+    }
+
+
+def mla_inputs(batch: int = 2, num_tokens: int = 3, heads: int = 4, latent: int = 6, rotary: int = 2) -> dict:
+    """The same for latent attention."""
+    return {
+        "q": Input("q", torch.zeros(batch, num_tokens, heads, latent + rotary)),
+        "kv": Input("kv", torch.zeros(batch, num_tokens, latent + rotary)),
+        "kv_cache": CacheSlot(0, "kv"),
+        "page_table": Input("page_table", torch.zeros(batch, 1, dtype=torch.int32)),
+        "cache_len": Input("cache_len", torch.zeros(batch, dtype=torch.int32)),
+    }
