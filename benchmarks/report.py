@@ -68,6 +68,7 @@ def environment(device: str) -> dict[str, Any]:
         "triton": triton_version,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],  # before the run: a busy machine shows
         "commit": commit + (" with local changes" if changed else ""),
     }
 
@@ -152,6 +153,9 @@ def acceptance_lines(rows: list[dict[str, Any]]) -> list[str]:
         else:
             verdict = "met" if min(ratios) >= bound else "MISSED"
             lines.append(f"{kind} prompts: ratio at least {min(ratios):.2f}, bound {bound} {verdict}")
+    spread = max((row["ratio_range"][1] / row["ratio_range"][0] for row in rows if "ratio_range" in row), default=1)
+    if spread > 1.3:
+        lines.append(f"ratios of one prompt differ by up to {spread:.1f}×: the machine was busy, repeat on an idle one")
     return lines
 
 
@@ -273,7 +277,7 @@ def title(result: dict[str, Any]) -> str:
 
 def origin(result: dict[str, Any]) -> str:
     meta, floor = result["meta"], result.get("floor")
-    names = ("date", "commit", "torch", "transformers", "triton", "driver", "attention")
+    names = ("date", "commit", "torch", "transformers", "triton", "driver", "attention", "load_average")
     text = ", ".join(f"{name} {meta[name]}" for name in names if meta.get(name))
     if floor:
         linears = ", ".join(f"M={m}: {ms:.2f}" for m, ms in floor["linears_ms"].items())
