@@ -114,12 +114,17 @@ def _span(layers: tuple[int, ...]) -> str:
 def attention_nodes(graph: StageGraph) -> list[fx.Node]:
     """The generic attention nodes in layer order."""
     packets = {getattr(torch.ops.spec_compile, name) for name in ATTENTION_OPS}
-    return [n for n in graph.gm.graph.nodes if n.op == "call_function" and n.target in packets]
+    return [n for n in graph.gm.graph.nodes if n.op == "call_function" and _packet(n) in packets]
+
+
+def _packet(node: fx.Node) -> object:
+    """What a node calls: Dynamo writes an op's packet, providers name an overload."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
 
 
 def describe(node: fx.Node, stage: str, page_size: int) -> AttentionNode:
     """What a provider may know of an attention node, read from its fakes and constant arguments."""
-    op = node.target.__name__ if hasattr(node.target, "__name__") else str(node.target).rsplit(".", 1)[-1]
+    op = _packet(node).__name__
     packed = op in ("prefill_attention", "mla_prefill_attention")
     query = fake(node.args[0])
     if op in ("mla_attention", "mla_prefill_attention"):
