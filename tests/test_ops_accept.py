@@ -245,6 +245,25 @@ def test_sampling_finds_a_draft_that_lies():
     assert sampled_distance(target, argmax_of(target), target, 25600) > 2 * noise_level(25600)
 
 
+def test_the_three_uses_of_chance_are_independent():
+    """Drafting, testing and resampling one position: the joint law of draft and emitted token, not only its margin.
+
+    Sharing noise between them leaves every number fair and the combination biased.
+    """
+    count, vocab = 200_000, 6
+    p, q = torch.randn(2, vocab, dtype=torch.float64).softmax(-1)
+    seed, position = seeds(count), torch.randint(1000, (count,), dtype=torch.int32)
+    draft = sample_token(q.float().expand(count, -1), seed, position + 1, DRAFT_STREAM)
+    window = torch.stack([torch.zeros_like(draft), draft], 1)
+    emitted, _ = accept_sampled(window, q.float().expand(count, 1, -1), p.float().expand(count, 2, -1), seed, position)
+    observed = torch.bincount(draft * vocab + emitted[:, 0], minlength=vocab**2).double() / count
+    accept = (p / q).clamp(max=1)
+    residual = (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+    expected = torch.diag(q * accept) + (q * (1 - accept))[:, None] * residual
+    noise = 0.4 * (expected / count).sqrt().sum()
+    assert total_variation(observed, expected.flatten()) < 2 * noise + 1e-3
+
+
 def test_uncorrelated_rounds():
     """Consecutive rounds of one row reuse positions; the text of two rounds must still follow the target's law.
 

@@ -202,6 +202,7 @@ CASES = [
     {"top_k": 5},
     {"top_k": 10_000},  # more than the vocabulary
     {"top_p": 1e-6},  # only the most likely token is left
+    {"top_p": 0.0},
     {"top_p": 0.4},
     {"top_p": 0.95},
     {"min_p": 0.1},
@@ -282,6 +283,7 @@ LISTED = [
     {"top_k": 1, "top_p": 0.5},
     {"top_k": 300, "top_p": 0.88},
     {"top_k": 33, "top_p": 1e-6},
+    {"top_k": 33, "top_p": 0.0},
     {"top_k": 12},
     {"top_k": 25, "top_p": 0.613, "min_p": 0.2},
 ]
