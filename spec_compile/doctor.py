@@ -112,11 +112,9 @@ def _hardware() -> list[Check]:
         detail = f"cuda:{index}, {gpu.vendor} {gpu.arch}, {gpu.num_sms} multiprocessors, {memory:.0f} GiB"
         checks.append(Check("Hardware", gpu.name, "ok", detail))
     if not checks and shutil.which("nvidia-smi"):
-        build = (
-            f"torch {torch.__version__} was built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
-        )
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         fix = "check the driver with nvidia-smi, and install a torch built for its CUDA version"
-        checks.append(Check("Hardware", "NVIDIA GPU", "problem", f"nvidia-smi is here but torch sees no GPU; {build}", fix))
+        checks.append(Check("Hardware", "NVIDIA GPU", "problem", f"torch {torch.__version__}, built {built}, sees no GPU", fix))
     memory = _memory_bytes()
     size = f", {memory / 2**30:.0f} GiB" if memory else ""
     checks.append(Check("Hardware", "CPU", "ok", f"{platform.machine()}, {torch.get_num_threads()} threads{size}"))
