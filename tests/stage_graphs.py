@@ -28,7 +28,7 @@ class Input:
 
 def stage_graph(fn: Callable[..., object], stage: str, **inputs: Input | CacheSlot | Tensor) -> StageGraph:
     """``fn`` as a captured graph: bindings on placeholders, fakes on every node, outputs in a tuple."""
-    gm = fx.symbolic_trace(fn)
+    gm = _trace(fn, list(inputs))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for node in placeholders(gm):
         given = inputs[node.target]
@@ -37,11 +37,17 @@ def stage_graph(fn: Callable[..., object], stage: str, **inputs: Input | CacheSl
         example = torch.zeros(1, 1, 1, 1) if isinstance(example, CacheSlot) else example.detach()
         node.meta["example_value"] = mode.from_tensor(example)
     _propagate(gm, mode)
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    if not isinstance(output.args[0], tuple):
-        output.args = ((output.args[0],),)
-    gm.recompile()
     return StageGraph(gm, stage)
+
+
+def _trace(fn: Callable[..., object], inputs: list[str]) -> fx.GraphModule:
+    """Calls ``fn`` with proxies by keyword (``symbolic_trace`` knows no ``**layers``)."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    result = fn(**{name: fx.Proxy(graph.placeholder(name), tracer) for name in inputs})
+    result = result if isinstance(result, tuple) else (result,)
+    graph.output(tuple(proxy.node for proxy in result))
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _propagate(gm: fx.GraphModule, mode: FakeTensorMode) -> None:

@@ -17,7 +17,8 @@ from spec_compile.passes.fuse_linears import fuse_linears, fuse_parameters
 from spec_compile.passes.graph import StageGraph, fake
 
 HIDDEN = 8
-X = Input("x", torch.zeros(2, 3, HIDDEN))
+DOUBLE = torch.float64
+X = Input("x", torch.zeros(2, 3, HIDDEN, dtype=DOUBLE))
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def projections(x, q, k, v):
 
 
 def weights(*rows: int) -> dict[str, nn.Parameter]:
-    return {name: parameter(n, HIDDEN) for name, n in zip("qkv", rows, strict=False)}
+    return {name: parameter(n, HIDDEN, dtype=DOUBLE) for name, n in zip("qkv", rows, strict=False)}
 
 
 def storages(tensors) -> set[int]:
@@ -42,11 +43,11 @@ def storages(tensors) -> set[int]:
 
 def check_same(before: tuple, graph: StageGraph, x: torch.Tensor) -> None:
     for expected, got in zip(before, run(graph, x=x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_siblings_become_one_linear_with_the_same_results():
-    w, x = weights(12, 4, 6), torch.randn(2, 3, HIDDEN)
+    w, x = weights(12, 4, 6), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
     graph = stage_graph(projections, "verify", x=X, **w)
     before = run(graph, x=x)
 
@@ -64,8 +65,8 @@ def test_siblings_with_biases():
     def biased(x, q, q_bias, k, k_bias):
         return F.linear(x, q, q_bias), F.linear(x, k, k_bias)
 
-    w, x = weights(5, 7), torch.randn(2, 3, HIDDEN)
-    graph = stage_graph(biased, "verify", x=X, **w, q_bias=parameter(5), k_bias=parameter(7))
+    w, x = weights(5, 7), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
+    graph = stage_graph(biased, "verify", x=X, **w, q_bias=parameter(5, dtype=DOUBLE), k_bias=parameter(7, dtype=DOUBLE))
     before = run(graph, x=x)
     fuse_linears(graph)
     assert names(graph).count("linear") == 1
@@ -77,8 +78,10 @@ def test_every_group_of_a_graph_is_fused_on_its_own():
         y = F.linear(x, q) + F.linear(x, k)
         return F.silu(F.linear(y, gate)) * F.linear(y, up)
 
-    w, x = weights(HIDDEN, HIDDEN), torch.randn(2, 3, HIDDEN)
-    graph = stage_graph(layer, "verify", x=X, **w, gate=parameter(6, HIDDEN), up=parameter(6, HIDDEN))
+    w, x = weights(HIDDEN, HIDDEN), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
+    graph = stage_graph(
+        layer, "verify", x=X, **w, gate=parameter(6, HIDDEN, dtype=DOUBLE), up=parameter(6, HIDDEN, dtype=DOUBLE)
+    )
     before = run(graph, x=x)
     fuse_linears(graph)
     assert names(graph).count("linear") == 2 and graph.report == ["fuse_linears: 2 groups"]
@@ -116,9 +119,9 @@ def two_linears(x, q, k):
         (one_linear, lambda: weights(4)),
         (two_inputs, lambda: weights(4, 4)),
         (shared_weight, lambda: weights(4)),
-        (bias_on_one, lambda: {**weights(4, 4), "v": parameter(4)}),
-        (two_linears, lambda: {"q": parameter(4, HIDDEN), "k": torch.randn(4, HIDDEN)}),
-        (two_linears, lambda: {"q": parameter(4, HIDDEN), "k": _Quantised(torch.randn(4, HIDDEN))}),
+        (bias_on_one, lambda: {**weights(4, 4), "v": parameter(4, dtype=DOUBLE)}),
+        (two_linears, lambda: {"q": parameter(4, HIDDEN, dtype=DOUBLE), "k": torch.randn(4, HIDDEN, dtype=DOUBLE)}),
+        (two_linears, lambda: {"q": parameter(4, HIDDEN, dtype=DOUBLE), "k": _Quantised(torch.randn(4, HIDDEN, dtype=DOUBLE))}),
     ],
     ids=["alone", "other input", "shared weight", "bias on one", "not a parameter", "parameter subclass"],
 )
@@ -135,7 +138,7 @@ class _Quantised(nn.Parameter):
 
 
 def test_an_odd_one_out_does_not_hinder_its_siblings():
-    w, x = weights(4, 6, 3), torch.randn(2, 3, HIDDEN)
+    w, x = weights(4, 6, 3), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
     w["k"] = w["k"].detach()  # not a parameter
     graph = stage_graph(projections, "verify", x=X, **w)
     before = run(graph, x=x)
@@ -160,11 +163,11 @@ def test_parameters_keep_identity_values_and_memory():
 
 
 def test_an_update_of_a_parameter_reaches_the_graph():
-    w, x = weights(4, 6, 3), torch.randn(2, 3, HIDDEN)
+    w, x = weights(4, 6, 3), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
     graph = fuse_linears(stage_graph(projections, "verify", x=X, **w))
     with torch.no_grad():
         w["k"].mul_(-0.5)
-        w["v"].copy_(torch.randn(3, HIDDEN))
+        w["v"].copy_(torch.randn(3, HIDDEN, dtype=DOUBLE))
     expected = projections(x, *(p.detach() for p in w.values()))
     check_same(expected, graph, x)
 
@@ -189,7 +192,7 @@ def test_neighbours_in_the_wrong_order_are_not_taken_for_fused():
 
 
 def test_biases_fuse_too():
-    biases = [parameter(3), parameter(5)]
+    biases = [parameter(3, dtype=DOUBLE), parameter(5, dtype=DOUBLE)]
     expected = torch.cat(biases)
     fused = fuse_parameters(biases)
     assert torch.equal(fused, expected) and storages(biases) == storages([fused])

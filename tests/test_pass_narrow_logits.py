@@ -64,7 +64,7 @@ def test_prefill_computes_the_last_token_of_each_prompt_only(head):
 
     (logits,) = run(graph, hidden=hidden, logit_index=rows)
 
-    torch.testing.assert_close(logits, everything[:, rows], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, everything[:, rows], rtol=1e-5, atol=1e-5)
     (linear,) = find(graph, "linear")
     assert linear.args[0].target == "index_select", "rows are taken before the head, not behind it"
     assert runtime_inputs(graph) == ["hidden", "logit_index"]
@@ -120,7 +120,7 @@ def test_a_head_with_a_bias():
     (everything,) = run(graph_of(biased_head, "verify", head=weight, bias=bias), hidden=hidden)
     graph = narrow_logits(graph_of(biased_head, "prefill", head=weight, bias=bias), argmax=False)
     (logits,) = run(graph, hidden=hidden, logit_index=torch.tensor([8, 1]))
-    torch.testing.assert_close(logits, everything[:, [8, 1]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, everything[:, [8, 1]], rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_is_the_last_linear():

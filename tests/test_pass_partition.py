@@ -1,0 +1,232 @@
+"""Pass 6, ``partition``: segments between attention ops, each distinct one recognised by its key."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stage_graphs import Input, bindings, find, names, parameter, run, stage_graph
+from torch import Tensor, fx
+
+from spec_compile.hardware import Hardware
+from spec_compile.passes.graph import CacheSlot, StageGraph, placeholders
+from spec_compile.passes.lower import lower
+from spec_compile.passes.partition import partition, segment_key
+from spec_compile.passes.select_backend import select_backend
+
+CPU = Hardware("cpu", "cpu", 4, "CPU")
+HEADS, DIM = 2, 4
+HIDDEN = HEADS * DIM
+PAGE_SIZE = 8
+ATTENTION = "attention_torch"
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def deep_model(depth: int, window: int = 0) -> StageGraph:
+    """A miniature of what capture makes of a model of ``depth`` equal layers, lowered."""
+
+    def model(x, table, lens, head, **layers):
+        h = x + 1
+        for i in range(depth):
+            w, k_cache, v_cache = (layers[f"{part}{i}"] for part in ("w", "k_cache", "v_cache"))
+            q = F.linear(h * 0.5, w).unflatten(-1, (HEADS, DIM))
+            caches = (k_cache, v_cache, table, lens)
+            out = torch.ops.spec_compile.attention(q, q, q + 1, *caches, None, 0.5, window, 0.0, None)
+            h = h + F.silu(out.flatten(2))
+        return F.linear(torch.relu(h), head)
+
+    layers = {f"w{i}": parameter(HIDDEN, HIDDEN) for i in range(depth)}
+    layers |= {f"{part}_cache{i}": CacheSlot(i, part) for i in range(depth) for part in ("k", "v")}
+    graph = stage_graph(
+        model,
+        "verify",
+        x=Input("x", torch.zeros(2, 3, HIDDEN)),
+        table=Input("page_table", torch.zeros(2, 1, dtype=torch.int32)),
+        lens=Input("cache_len", torch.zeros(2, dtype=torch.int32)),
+        head=parameter(5, HIDDEN),
+        **layers,
+    )
+    return lowered(graph)
+
+
+def lowered(graph: StageGraph) -> StageGraph:
+    select_backend(graph, CPU, "auto", PAGE_SIZE)
+    return lower(graph)
+
+
+def caches(depth: int) -> dict[tuple[int, str], Tensor]:
+    return {(i, part): torch.zeros(3, PAGE_SIZE, HEADS, DIM) for i in range(depth) for part in ("k", "v")}
+
+
+def values() -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(2, 3, HIDDEN),
+        "page_table": torch.tensor([[2], [1]], dtype=torch.int32),
+        "cache_len": torch.tensor([4, 0], dtype=torch.int32),
+    }
+
+
+def segments(graph: StageGraph) -> list[fx.GraphModule]:
+    return [graph.gm.get_submodule(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"]
+
+
+def keys(graph: StageGraph) -> list[str]:
+    return [segment_key(segment) for segment in segments(graph)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cut
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_the_cut_graph_computes_the_same_bits(depth: int):
+    graph, inputs = deep_model(depth, window=4), values()
+    before, after = caches(depth), caches(depth)
+    expected = run(graph, before, **inputs)
+    out = run(partition(graph), after, **inputs)
+    assert torch.equal(out[0], expected[0])
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_top_graph_holds_attention_ops_and_segments_only():
+    graph = partition(deep_model(3))
+    called = [name for name in names(graph) if name != "getitem"]
+    assert called == ["submod_0", ATTENTION, "submod_2", ATTENTION, "submod_4", ATTENTION, "submod_6"]
+    for segment in segments(graph):
+        assert not any("attention" in str(n.target) for n in segment.graph.nodes if n.op != "placeholder")
+    assert {name for name, _ in graph.gm.named_children()} == {n.target for n in graph.gm.graph.nodes if "submod" in n.name}
+
+
+def test_placeholders_keep_their_bindings():
+    graph = deep_model(2)
+    before = bindings(graph)
+    after = bindings(partition(graph))
+    assert len(after) == len(before)
+    assert all(a is b for a, b in zip(after, before, strict=True))
+
+
+def test_no_segment_sees_a_cache_a_page_table_or_a_length():
+    """They enter attention ops alone, so Inductor can neither copy nor allocate anything of a cache's size."""
+    graph = partition(deep_model(3))
+    hidden_from_segments = {"page_table", "cache_len"}
+    for node in placeholders(graph.gm):
+        binding = node.meta["binding"]
+        if isinstance(binding, CacheSlot) or getattr(binding, "name", None) in hidden_from_segments:
+            assert node.users and all(user in find(graph, ATTENTION) for user in node.users)
+
+
+def test_attention_ops_keep_what_later_stages_read_of_them():
+    graph = partition(deep_model(2, window=4))
+    assert [n.meta["attention_node"].window for n in find(graph, ATTENTION)] == [4, 4]
+    assert [n.args[3].meta["binding"] for n in find(graph, ATTENTION)] == [CacheSlot(0, "k"), CacheSlot(1, "k")]
+
+
+def test_attention_ops_may_stand_first_last_and_side_by_side():
+    def bare(q, k_cache, v_cache, k_cache1, v_cache1, table, lens):
+        op = torch.ops.spec_compile.attention
+        out = op(q, q, q, k_cache, v_cache, table, lens, None, 0.5, 0, 0.0, None)
+        return op(out, q, q, k_cache1, v_cache1, table, lens, None, 0.5, 0, 0.0, None)
+
+    graph = lowered(
+        stage_graph(
+            bare,
+            "verify",
+            q=Input("x", torch.zeros(2, 3, HEADS, DIM)),
+            k_cache=CacheSlot(0, "k"),
+            v_cache=CacheSlot(0, "v"),
+            k_cache1=CacheSlot(1, "k"),
+            v_cache1=CacheSlot(1, "v"),
+            table=Input("page_table", torch.zeros(2, 1, dtype=torch.int32)),
+            lens=Input("cache_len", torch.zeros(2, dtype=torch.int32)),
+        )
+    )
+    inputs = values() | {"x": torch.randn(2, 3, HEADS, DIM)}
+    expected = run(graph, caches(2), **inputs)
+    out = run(partition(graph), caches(2), **inputs)
+    assert names(graph) == [ATTENTION, ATTENTION] and torch.equal(out[0], expected[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equal segments are one artifact
+
+
+@pytest.mark.parametrize("depth", [2, 3, 6])
+def test_a_deeper_model_has_no_more_distinct_segments(depth: int):
+    graph = partition(deep_model(depth))
+    assert len(keys(graph)) == depth + 1 and len(set(keys(graph))) == 3
+    assert graph.report[-1] == f"partition: {depth + 1} segments, 3 distinct"
+
+
+def test_segments_of_equal_models_have_equal_keys():
+    """Weights are inputs: another model, or another stage, of the same shape is served by the same artifacts."""
+    assert keys(partition(deep_model(4))) == keys(partition(deep_model(4)))
+
+
+def test_equal_keys_mean_exchangeable_segments():
+    graph = partition(deep_model(4))
+    _, second, third, *_ = segments(graph)
+    args = [torch.randn(tuple(n.meta["example_value"].shape)) for n in placeholders(second)]
+    for a, b in zip(second(*args), third(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+def single(fn: Callable, **shapes: Tensor) -> str:
+    """The key of ``fn`` as a segment."""
+    return segment_key(stage_graph(fn, "verify", **{n: Input(n, t) for n, t in shapes.items()}).gm)
+
+
+ROW = torch.zeros(2, 6)
+
+
+def test_a_key_does_not_depend_on_names():
+    def first(x, y):
+        return x.relu() + y
+
+    def second(left, right):
+        renamed = left.relu()
+        return renamed + right
+
+    assert single(first, x=ROW, y=ROW) == single(second, left=ROW, right=ROW)
+
+
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        ((lambda x: x + 1, ROW), (lambda x: x + 2, ROW)),
+        ((lambda x: x + 1, ROW), (lambda x: x + 1.0, ROW)),
+        ((lambda x: x + 1, ROW), (lambda x: x - 1, ROW)),
+        ((lambda x: x.relu(), ROW), (lambda x: torch.relu(x), ROW)),
+        ((lambda x: x.sum(-1), ROW), (lambda x: x.sum(-1, keepdim=True), ROW)),
+        ((lambda x: x + 1, ROW), (lambda x: x + 1, torch.zeros(3, 6))),
+        ((lambda x: x + 1, ROW), (lambda x: x + 1, ROW.double())),
+        ((lambda x: x + 1, ROW), (lambda x: x + 1, torch.zeros(6, 2).t())),
+        ((lambda x: (x + 1, x), ROW), (lambda x: (x, x + 1), ROW)),
+        ((lambda x: x.to(torch.float64), ROW), (lambda x: x.to(torch.bfloat16), ROW)),
+    ],
+    ids=["constant", "type", "op", "kind", "keyword", "shape", "dtype", "stride", "outputs", "dtype argument"],
+)
+def test_whatever_changes_the_artifact_changes_the_key(one, other):
+    assert single(one[0], x=one[1]) != single(other[0], x=other[1])
+
+
+def test_which_input_goes_where_is_part_of_the_key():
+    assert single(lambda x, y: x - y, x=ROW, y=ROW) != single(lambda x, y: y - x, x=ROW, y=ROW)
+    assert single(lambda x, y: x * y, x=ROW, y=ROW) != single(lambda x, y: x * x + 0 * y, x=ROW, y=ROW)
+
+
+def test_a_string_argument_is_not_taken_for_a_node():
+    def rounded(x, y):
+        return torch.div(x, y, rounding_mode="floor"), y
+
+    key = single(rounded, x=ROW, y=ROW)
+    assert "'floor'" in key and "'%0'" not in key
