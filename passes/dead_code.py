@@ -9,56 +9,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-_IN_PLACE_NAMES = {"setitem"}
+_ALLOCATIONS = {"new_empty", "new_zeros", "empty", "empty_like", "zeros", "zeros_like"}
+_IN_PLACE_OPERATORS = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
+_IN_PLACE_OPERATORS |= {f"i{name}" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")}
+_VIEWS = {"view", "transpose", "__getitem__", "reshape", "unsqueeze"}
 
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody uses its result: ops that write caches or other tensors."""
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output", "call_module"):
         return True
-    if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default
-            return op._schema.is_mutable and bool(_writes_something_live(node))
-        return getattr(node.target, "__name__", "") in _IN_PLACE_NAMES and bool(_writes_something_live(node))
-    if node.op == "call_method":
-        in_place = node.target.endswith("_") and not node.target.endswith("__")
-        return in_place and bool(_writes_something_live(node))
-    return node.op == "call_module"
-
-
-def _writes_something_live(node: fx.Node) -> bool:
-    """An in-place write on a fresh tensor that nobody else reads (HF's MLA key expansion) is dead; any other write lives."""
-    target = node.args[0] if node.args else None
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return True  # our cache-writing ops
-    seen: set[fx.Node] = set()
-    stack = [target]
-    while stack:
-        base = stack.pop()
-        if not isinstance(base, fx.Node) or base in seen:
-            continue
-        seen.add(base)
-        if base.op == "placeholder":
-            return True
-        others = [user for user in base.users if user is not node and user not in seen]
-        if any(not _is_dead_write(user, seen) for user in others):
-            return True
-        if _is_view(base):
-            stack.append(base.args[0])
-    return False
+        op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default
+        return op._schema.is_mutable  # our cache-writing ops
+    return _is_in_place(node) and not _writes_for_nobody(node)
 
 
-def _is_dead_write(user: fx.Node, family: set[fx.Node]) -> bool:
-    """A user that only views or overwrites the same dead tensor and is itself read by nobody else."""
-    if user.op == "output":
+def _writes_for_nobody(write: fx.Node) -> bool:
+    """A write into memory that was allocated in the graph, and that only views and other writes ever touch.
+
+    Whatever is not known to be an allocation or a view is taken for something that shares memory with a live tensor.
+    """
+    root = write.args[0]
+    while isinstance(root, fx.Node) and _is_view(root):
+        root = root.args[0]
+    if not isinstance(root, fx.Node) or _name(root) not in _ALLOCATIONS:
         return False
-    if _is_view(user) or (user.op == "call_method" and user.target == "copy_"):
-        return all(u in family or _is_dead_write(u, family | {user}) for u in user.users)
-    return False
+    seen: set[fx.Node] = set()
+    stack = [root]
+    while stack:
+        alias = stack.pop()
+        seen.add(alias)
+        for user in alias.users:
+            reads = not (_is_view(user) or _is_in_place(user)) or user.args[0] is not alias
+            if reads or any(alias is n for n in _nodes(user.args[1:], user.kwargs)):
+                return False
+            if user not in seen:
+                stack.append(user)
+    return True
+
+
+def _nodes(*args: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(args, found.append)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)) if node.op in ("call_function", "call_method") else ""
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    name = _name(node)
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_view(node: fx.Node) -> bool:
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
-        return isinstance(node.args[0], fx.Node) and isinstance(node.args[0].meta.get("example_value"), Tensor)
-    return node.op == "call_method" and node.target in {"view", "transpose", "__getitem__", "reshape", "unsqueeze"}
+    if node.op == "call_function":
+        return _name(node) == "getitem" and isinstance(node.args[0].meta.get("example_value"), Tensor)
+    return node.op == "call_method" and node.target in _VIEWS
