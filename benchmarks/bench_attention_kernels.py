@@ -80,14 +80,15 @@ def decode_table(tune: bool, chosen: int | None) -> None:
         print(f"decode B={batch} ctx={context} N={tokens}: {problem.time():.2f} us (floor {floor:.2f})", flush=True)
         if not tune:
             continue
-        base = choose_config(HEADS // KV_HEADS * tokens, DIM, DIM, 2, 224 * 1024)
+        rows = HEADS // KV_HEADS * tokens
+        base = choose_config(rows, batch * KV_HEADS, DIM, DIM, 2, problem.num_sms, 224 * 1024)
         print(f"    chosen: {base}")
-        shapes = [(64, 4, 3), (64, 2, 3), (32, 4, 4), (64, 4, 4), (128, 4, 2)]
-        splits = {1: (8, 16, 32), 4: (2, 4, 8)}.get(batch, (1, 2, 4))
+        shapes = [(64, 4, 3), (64, 8, 3), (128, 8, 2), (32, 4, 3)]
+        splits = {1: (8, 16), 4: (2, 4)}.get(batch, (1,))
         results = []
         for (block_n, warps, stages), count, block_m in itertools.product(shapes, splits, {16, base.block_m}):
-            for min_blocks in (1, 2) if count > 1 else (1,):
-                config = DecodeConfig(block_m, block_n, warps, stages, min_blocks, 2)
+            for early in (False, True):
+                config = DecodeConfig(block_m, block_n, warps, stages, base.min_blocks, early)
                 results.append((problem.time(config, count), config, count))
         for micros, config, count in sorted(results, key=lambda result: result[0])[:6]:
             print(f"    {micros:6.2f} us  splits {count}  {config}")

@@ -185,10 +185,10 @@ def percent_of_floor(cell: dict[str, Any], which: str) -> float | None:
 
 
 def _idle(cell: dict[str, Any]) -> str:
-    measured, own = cell.get("gpu_idle_fraction"), (cell.get("library_stats") or {}).get("gpu_idle_fraction")
-    if measured is not None:
-        return f"{max(0.0, measured):.1%}"
-    return "–" if own is None else f"{own:.1%}*"
+    profiled, between = cell.get("gpu_idle_fraction"), (cell.get("library_stats") or {}).get("gpu_idle_fraction")
+    if between is not None:
+        return f"{between:.1%} between rounds"
+    return "–" if profiled is None else f"{max(0.0, profiled):.1%}"
 
 
 def cells_table(result: dict[str, Any]) -> Table:
