@@ -19,6 +19,7 @@ from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGra
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
 _PREFILL_EXAMPLE_TOKENS = 24
+_SUBJECT = "Developer debug context:"
 
 
 class _Captured(Exception):
@@ -96,7 +97,7 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
         raise CaptureError(_message(model, str(error))) from error
     except Exception as error:
         cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
-        raise CaptureError(_message(model, str(cause).strip().splitlines()[0] if str(cause) else repr(cause))) from error
+        raise CaptureError(_message(model, _reason(cause))) from error
     finally:
         torch._dynamo.eval_frame.remove_from_cache(fresh)
 
@@ -105,6 +106,14 @@ def _chain(error: BaseException | None):
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _reason(error: BaseException) -> str:
+    """Dynamo's reports run to dozens of lines; what happened is in the first, its subject and place stand further down."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    subject = [line.removeprefix(_SUBJECT).strip() for line in lines if line.startswith(_SUBJECT)]
+    places = [line for line in lines if line.startswith("File ")]
+    return ". ".join([": ".join([lines[0].rstrip("."), *subject[:1]]), *places[-1:]]) + "."
 
 
 def _message(model: PreTrainedModel, reason: str) -> str:
