@@ -1,0 +1,296 @@
+"""Capture: one graph with one attention op a layer, every input bound to what it is, and the model as it was before."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from stage_graphs import bindings, find, run, runtime_inputs
+from tiny import tiny_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from spec_compile.errors import CaptureError
+from spec_compile.hf_integration import attention_interface
+from spec_compile.hf_integration.attention_interface import attention_function, capture_context, layer_windows
+from spec_compile.hf_integration.capture import capture_prefill, capture_window
+from spec_compile.ops.providers import torch_sdpa  # noqa: F401 (registers the CPU ops)
+from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
+from spec_compile.passes.stage import stage
+
+PAGE_SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def empty_caches(graph: StageGraph, model: PreTrainedModel, rows: int, pages: int) -> dict[tuple[int, str], Tensor]:
+    config = model.config
+    caches = {}
+    for binding in bindings(graph):
+        if isinstance(binding, CacheSlot) and binding.part == "kv":
+            shape = (config.kv_lora_rank + config.qk_rope_head_dim,)
+        elif isinstance(binding, CacheSlot):
+            shape = (config.num_key_value_heads, getattr(config, "head_dim", None) or 16)
+        else:
+            continue
+        caches[binding.layer, binding.part] = torch.zeros(rows * pages + 1, PAGE_SIZE, *shape)
+    return caches
+
+
+def table(rows: int, pages: int) -> Tensor:
+    return torch.arange(1, rows * pages + 1, dtype=torch.int32).view(rows, pages)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The graph is the model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_captured_windows_compute_the_models_logits(family: str):
+    """A prompt of 20 tokens through two windows, past the sliding window of 16, against one plain forward."""
+    model, rows = tiny_model(family), 2
+    ids = torch.randint(3, 96, (rows, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+    graph = capture_window(model, rows, 10, "verify")
+    caches = empty_caches(graph, model, rows, 3)
+    for start in (0, 10, 20):
+        (logits, *_) = run(
+            graph,
+            caches,
+            input_ids=ids[:, start : start + 10],
+            position_ids=torch.arange(start, start + 10).expand(rows, -1).contiguous(),
+            page_table=table(rows, 3),
+            cache_len=torch.full((rows,), start, dtype=torch.int32),
+        )
+        torch.testing.assert_close(logits, expected[:, start : start + 10], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
+def test_one_prefill_graph_serves_every_packed_length(family: str):
+    """Prompts of any number and length, one token included, each as if it were alone."""
+    model = tiny_model(family)
+    graph = stage(capture_prefill(model))
+    for lengths in ([24], [1], [1, 2], [5, 31, 1, 17], [40]):
+        prompts = [torch.randint(3, 96, (1, n)) for n in lengths]
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        (logits, *_) = run(
+            graph,
+            empty_caches(graph, model, len(lengths), 3),
+            input_ids=torch.cat(prompts, 1),
+            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+            page_table=table(len(lengths), 3),
+            cu_seqlens=bounds.to(torch.int32),
+            num_tokens=sum(lengths),
+        )
+        with torch.no_grad():
+            expected = torch.cat([model(prompt).logits for prompt in prompts], 1)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bindings
+
+
+def test_every_placeholder_of_a_window_is_bound_to_what_it_is():
+    model = tiny_model("llama")
+    graph = capture_window(model, 3, 4, "verify")
+    tensors = [b for b in bindings(graph) if isinstance(b, Tensor)]
+    used = [*model.parameters(), model.model.rotary_emb.inv_freq]
+    assert sorted(map(id, tensors)) == sorted(map(id, used)), "each weight once, the very object the model owns"
+    assert sorted(runtime_inputs(graph)) == ["cache_len", "input_ids", "page_table", "position_ids"]
+    assert [b for b in bindings(graph) if isinstance(b, CacheSlot)] == [
+        CacheSlot(layer, part) for layer in range(2) for part in ("k", "v")
+    ]
+    shapes = {n.meta["binding"].name: tuple(fake(n).shape) for n in placeholders(graph.gm) if _is_runtime(n)}
+    assert shapes["input_ids"] == shapes["position_ids"] == (3, 4), "static"
+    assert graph.stage == "verify"
+
+
+def _is_runtime(node) -> bool:
+    return isinstance(node.meta["binding"], RuntimeInput)
+
+
+def test_attention_ops_come_in_layer_order_each_on_its_own_cache():
+    graph = capture_window(tiny_model("gemma2"), 2, 3, "verify")
+    nodes = find(graph, "attention")
+    assert [n.args[3].meta["binding"] for n in nodes] == [CacheSlot(0, "k"), CacheSlot(1, "k")]
+    assert [n.args[4].meta["binding"] for n in nodes] == [CacheSlot(0, "v"), CacheSlot(1, "v")]
+    assert [n.args[9] for n in nodes] == [16, 0], "sliding, then full"
+    assert [n.args[10] for n in nodes] == [2.0, 2.0], "soft-capped"
+
+
+def test_sinks_are_the_layers_own_parameters():
+    model = tiny_model("gpt_oss")
+    graph = capture_window(model, 2, 3, "verify")
+    sinks = [node.args[11].meta["binding"] for node in find(graph, "attention")]
+    assert [s is layer.self_attn.sinks for s, layer in zip(sinks, model.model.layers, strict=True)] == [True, True]
+
+
+def test_latent_attention_caches_latents_and_drops_the_expansion():
+    model = tiny_model("deepseek_v3")
+    graph = capture_window(model, 2, 3, "verify")
+    nodes = find(graph, "mla_attention")
+    assert [n.args[2].meta["binding"] for n in nodes] == [CacheSlot(0, "kv"), CacheSlot(1, "kv")]
+    assert fake(nodes[0].args[1]).shape == (2, 3, 16 + 8)
+    assert not any(n.args[1].meta.get("binding") is model.model.layers[0].self_attn.kv_b_proj.weight for n in
+                   find(graph, "linear")), "keys and values are never expanded"  # fmt: skip
+
+
+def test_the_prefill_length_is_symbolic():
+    graph = capture_prefill(tiny_model("llama"))
+    by_name = {n.meta["binding"].name: fake(n) for n in placeholders(graph.gm) if _is_runtime(n)}
+    length = by_name["input_ids"].shape[1]
+    assert isinstance(length, torch.SymInt) and by_name["position_ids"].shape[1] == length
+    if "num_tokens" in by_name:
+        assert str(by_name["num_tokens"]) == str(length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model is as it was
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, object]:
+    return {
+        "class": type(model),
+        "attention": model.config._attn_implementation,
+        "training": [m.training for m in model.modules()],
+        "modules": [type(m) for m in model.modules()],
+        "attributes": [sorted(m.__dict__) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "gradients": [p.requires_grad for p in model.parameters()],
+        "pointers": [p.data_ptr() for p in model.parameters()],
+        "values": [p.detach().sum().item() for p in model.parameters()],
+        "random state": torch.get_rng_state().tolist(),
+        "context": attention_interface._context,
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_capture_leaves_no_trace(attention: str, training: bool):
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.set_attn_implementation(attention)
+    model.train(training)
+    ids = torch.randint(3, 96, (2, 7))
+    before, logits = snapshot(model), model(ids).logits
+    capture_window(model, 2, 3, "verify")
+    capture_prefill(model)
+    assert snapshot(model) == before
+    assert torch.equal(model(ids).logits, logits)
+
+
+class Faulty(nn.Module):
+    """Wraps an attention layer and fails like a model that cannot be captured."""
+
+    def __init__(self, inner: nn.Module, fault) -> None:
+        super().__init__()
+        self.inner, self.fault = inner, fault
+
+    def forward(self, hidden_states: Tensor, **kwargs):
+        self.fault(self.inner, hidden_states)
+        return self.inner(hidden_states=hidden_states, **kwargs)
+
+
+def reads_the_host(layer: nn.Module, hidden: Tensor) -> None:
+    if hidden.sum().item() > 0:
+        layer.scaling = layer.scaling * 1
+
+
+def breaks_down(layer: nn.Module, hidden: Tensor) -> None:
+    raise RuntimeError("a broken model")
+
+
+@pytest.mark.parametrize("fault", [reads_the_host, breaks_down], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_failed_capture_leaves_no_trace_and_says_why(fault, training: bool):
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.model.layers[0].self_attn = Faulty(model.model.layers[0].self_attn, fault)
+    model.train(training)
+    before = snapshot(model)
+    with pytest.raises(CaptureError, match=r"LlamaForCausalLM \(model_type 'llama'\) cannot be captured: .+") as error:
+        capture_window(model, 2, 3, "verify")
+    culprit = "a broken model" if fault is breaks_down else "data-dependent"
+    assert culprit in str(error.value) and fault.__name__ in str(error.value), "what happened, and where"
+    assert "plain generate() still works" in str(error.value)
+    assert snapshot(model) == before
+
+
+def test_captures_do_not_add_up_in_dynamo():
+    """Each is its own function: the recompile limit (8) must not be met by the ninth batch size."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for batch in (1, 2, 3):
+            assert len(find(capture_window(model, batch, 2, "verify"), "attention")) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be captured
+
+
+def from_config(family: str, **settings: object) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, vocab_size=96, pad_token_id=0, **settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_model_that_is_not_causal_is_refused():
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = from_config("bert", is_decoder=False, **small)
+    with pytest.raises(CaptureError, match="BertLMHeadModel"):
+        capture_window(model, 1, 2, "verify")
+
+
+def test_layers_of_another_kind_are_refused_by_name():
+    config = tiny_model("llama").config
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(CaptureError, match="linear_attention"):
+        layer_windows(config)
+
+
+def test_a_layer_that_bypasses_the_attention_interface_is_refused():
+    class Identity(nn.Module):
+        def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+            return hidden_states * 2, None
+
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn = Identity()
+    with pytest.raises(CaptureError, match=r"2 layers but layers \[0\] reach the attention interface"):
+        capture_window(model, 1, 2, "verify")
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"attention_mask": torch.zeros(1)}, "its own attention mask"),
+        ({"head_mask": torch.zeros(1)}, "head_mask"),
+    ],
+)
+def test_an_attention_call_that_no_op_expresses_is_refused(kwargs: dict, message: str):
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    q, kv = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16)
+    with capture_context(model, 1), pytest.raises(CaptureError, match=message):
+        attention_function(attention, q, kv, kv, **{"attention_mask": None, **kwargs})
+
+
+def test_a_module_that_is_not_causal_is_refused():
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    attention.is_causal = False
+    q, kv = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16)
+    with capture_context(model, 1), pytest.raises(CaptureError, match="not causal"):
+        attention_function(attention, q, kv, kv, None)
+
+
+def test_outside_capture_our_attention_refuses_to_run():
+    attention = tiny_model("llama").model.layers[0].self_attn
+    with pytest.raises(CaptureError, match="outside capture"):
+        attention_function(attention, torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), None)
