@@ -1,0 +1,129 @@
+"""The paged key/value pool: what each layer stores, who owns which page, and when it grows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops.providers import AttentionNode
+from spec_compile.passes.select_backend import Choice
+from spec_compile.runtime.kv_pool import KVPool, LayerLayout, allocate, layouts
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+
+CPU = torch.device("cpu")
+
+
+def choice(layers: tuple[int, ...], op: str = "attention", **changes: object) -> Choice:
+    node = {
+        "op": op, "stage": "verify", "batch": 2, "num_tokens": 4, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 16,
+        "v_head_dim": 12, "page_size": 64, "window": 0, "softcap": 0.0, "has_sinks": False, "is_tree": False,
+        "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16,
+    }  # fmt: skip
+    return Choice("verify", AttentionNode(**{**node, **changes}), layers, "torch", "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def test_a_layer_stores_its_key_and_value_heads():
+    (layout,) = layouts([choice((0,))])
+    assert layout == LayerLayout(0, (("k", (2, 16)), ("v", (2, 12))), torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", ["mla_attention", "mla_prefill_attention"])
+def test_a_latent_layer_stores_one_vector(op: str):
+    (layout,) = layouts([choice((3,), op, num_kv_heads=1, head_dim=576, v_head_dim=512)])
+    assert layout.layer == 3 and layout.shapes == (("kv", (576,)),)
+
+
+def test_layers_of_every_choice_come_in_order():
+    """Layers alternate between providers or needs; the pool is by layer all the same."""
+    mixed = layouts([choice((1, 3), head_dim=32), choice((0, 2, 4))])
+    assert [layout.layer for layout in mixed] == [0, 1, 2, 3, 4]
+    assert [dict(layout.shapes)["k"] for layout in mixed] == [(2, 16), (2, 32), (2, 16), (2, 32), (2, 16)]
+
+
+def test_the_cache_has_the_caches_own_type():
+    (layout,) = layouts([choice((0,), kv_dtype=torch.float8_e4m3fn)])
+    assert layout.dtype == torch.float8_e4m3fn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def pool(rows: int = 3, capacity: int = 64, page_size: int = 16) -> KVPool:
+    two = [LayerLayout(0, (("k", (2, 4)), ("v", (2, 3))), torch.float32), LayerLayout(1, (("kv", (5,)),), torch.float16)]
+    return allocate(two, rows, capacity, page_size, CPU)
+
+
+def test_pages_belong_to_one_row_each_and_page_zero_to_nobody():
+    table = pool().page_table
+    assert table.shape == (3, 4) and table.dtype == torch.int32 and table.is_contiguous()
+    assert sorted(table.flatten().tolist()) == list(range(1, 13))
+
+
+def test_every_layers_cache_has_every_page():
+    made = pool()
+    assert {key: tuple(cache.shape) for key, cache in made.caches.items()} == {
+        (0, "k"): (13, 16, 2, 4),
+        (0, "v"): (13, 16, 2, 3),
+        (1, "kv"): (13, 16, 5),
+    }
+    assert made.caches[1, "kv"].dtype == torch.float16
+    assert made.nbytes == 13 * 16 * (2 * 4 * 4 + 2 * 3 * 4 + 5 * 2)
+    assert all(int(cache.count_nonzero()) == 0 for cache in made.caches.values()), "a masked slot must be finite"
+
+
+def test_one_page_a_row():
+    made = pool(rows=2, capacity=48, page_size=48)
+    assert made.page_table.tolist() == [[1], [2]] and made.caches[0, "k"].shape == (3, 48, 2, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Growing
+
+
+def runner(hardware: Hardware) -> ModelRunner:
+    return ModelRunner(
+        tiny_model("llama", num_hidden_layers=1), stage="verify", hardware=hardware, backend="torch",
+        compiler=SegmentCompiler("none", hardware), page_size=16,
+    )  # fmt: skip
+
+
+def test_the_pool_grows_and_never_shrinks():
+    grown = runner(Hardware("cpu", "cpu", 1, "CPU"))
+    assert grown.reserve(2, 40), "the first pool"
+    first = grown.pool
+    assert not grown.reserve(1, 40) and not grown.reserve(2, 8) and grown.pool is first, "it fits"
+    assert grown.reserve(1, 50) and (grown.pool.rows, grown.pool.capacity) == (2, 50), "longer, and no fewer rows"
+    assert grown.reserve(5, 10) and (grown.pool.rows, grown.pool.capacity) == (5, 50)
+    assert grown.pool.page_size == 50, "a CPU row has one page"
+
+
+def test_programs_follow_the_pool():
+    grown = runner(Hardware("cpu", "cpu", 1, "CPU"))
+    program = grown.window_program(2, 3, argmax=True)
+    for capacity in (32, 64):
+        grown.reserve(2, capacity)
+        later = grown.window_program(2, 2, argmax=True)
+        caches = {id(cache) for cache in grown.pool.caches.values()}
+        for bound in (program.bound, later.bound, grown.prefill_program(argmax=False).bound):
+            assert caches <= {id(value) for value in bound}
+
+
+def test_gpu_rows_are_paged_and_their_capacity_is_whole_pages():
+    paged = runner(Hardware("nvidia", "sm90", 1, "a GPU in name"))
+    paged.reserve(2, 40)
+    assert (paged.pool.page_size, paged.pool.capacity, paged.pool.page_table.shape) == (16, 48, (2, 3))
+
+
+def test_release_frees_the_pool():
+    freed = runner(Hardware("cpu", "cpu", 1, "CPU"))
+    freed.reserve(1, 16)
+    freed.release()
+    assert freed.pool is None and freed._programs == {} and freed._captured == {}
