@@ -1,0 +1,175 @@
+"""What a stranger gets: rooms that import one way, a wheel with all of them, the licence, and commands that agree."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    tomllib = None
+
+# Each room may import from itself and from those right of it.
+ROOMS = ("spec_compile", "hf_integration", "passes", "ops")
+LEAVES = {"spec_compile.errors", "spec_compile.hardware"}
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted module name of this project."""
+    second = module.split(".")[1] if "." in module else ""
+    return second if second in ROOMS[1:] else "spec_compile"
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules of this project that a source imports, at any depth. ``from a import b`` counts as a.b, which may be a name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the room; write the full name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "spec_compile"}
+
+
+def upward_imports(source: str, room: str) -> list[str]:
+    """Imports in ``source``, a file of ``room``, that go against the rooms' order."""
+    wrong = []
+    for name in sorted(imported_modules(source)):
+        is_leaf = any(name == leaf or name.startswith(f"{leaf}.") for leaf in LEAVES)
+        if not is_leaf and ROOMS.index(room_of(name)) < ROOMS.index(room):
+            wrong.append(name)
+    return wrong
+
+
+def room_files() -> list[tuple[str, Path]]:
+    return [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_every_room_has_files():
+    assert {room for room, _ in room_files()} == set(ROOMS)
+
+
+def test_rooms_import_one_way():
+    wrong = {
+        str(path.relative_to(ROOT)): upward
+        for room, path in room_files()
+        if (upward := upward_imports(path.read_text(encoding="utf-8"), room))
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "wrong"),
+    [
+        ("ops", "from spec_compile.passes.graph import x", ["spec_compile.passes.graph.x"]),
+        ("ops", "from spec_compile import config", ["spec_compile.config"]),
+        ("passes", "def f():\n    import spec_compile.hf_integration.capture", ["spec_compile.hf_integration.capture"]),
+        ("hf_integration", "from spec_compile.runtime import engine", ["spec_compile.runtime.engine"]),
+        ("ops", "from spec_compile.errors import BackendError\nfrom spec_compile.hardware import Hardware", []),
+        ("hf_integration", "from spec_compile.passes import graph\nfrom spec_compile.ops import attention", []),
+        ("spec_compile", "from spec_compile.hf_integration import capture", []),
+    ],
+)
+def test_the_import_check_can_fail(room, source, wrong):
+    assert upward_imports(source, room) == wrong
+
+
+@pytest.mark.parametrize("leaf", sorted(LEAVES))
+def test_leaves_import_nothing_of_the_project(leaf):
+    path = ROOT.joinpath(*leaf.split(".")).with_suffix(".py")
+    assert imported_modules(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(("room", "foreign"), [("ops", "transformers"), ("passes", "transformers")])
+def test_lower_rooms_do_not_know_transformers(room, foreign):
+    for name, path in room_files():
+        if name != room:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert all(n.split(".")[0] != foreign for n in names), f"{path.relative_to(ROOT)}:{node.lineno} imports {foreign}"
+
+
+def test_importing_the_package_or_its_help_needs_no_torch():
+    code = (
+        "import sys, spec_compile, spec_compile.cli; spec_compile.cli.build_parser().format_help(); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib is new in Python 3.11")
+def test_every_folder_of_a_room_is_a_listed_package():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = set()
+    for room, path in room_files():
+        inside = path.parent.relative_to(ROOT / room).parts
+        folders.add(".".join(["spec_compile", *([room] if room != "spec_compile" else []), *inside]))
+    assert folders == listed
+
+
+def test_wheel_has_every_room_and_the_licence(tmp_path):
+    """Builds the wheel with the setuptools of this environment, from a copy, because a build writes beside its sources."""
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
+        _copy(ROOT / name, source / name)
+    code = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
+    (source / "dist").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (source / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for room, path in room_files():
+        inside = path.relative_to(ROOT / room).as_posix()
+        assert f"spec_compile/{'' if room == 'spec_compile' else room + '/'}{inside}" in names
+    assert "spec_compile/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "ops/", "passes/"))]
+
+
+def _copy(source: Path, target: Path) -> None:
+    import shutil
+
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+def test_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_makefile_and_library_name_the_same_model_package():
+    from spec_compile.hf_integration.demo_model import MODEL_PACKAGE
+
+    assert re.search(r"^DEMO_MODEL \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M).group(1) == MODEL_PACKAGE
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["make test"]
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / "README.md").read_text())
+    missing = [link for link in links if not link.startswith(("http://", "https://")) and not (ROOT / link).exists()]
+    assert missing == []
