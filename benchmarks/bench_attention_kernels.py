@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from spec_compile.ops.kernels.attention_decode import DecodeConfig, attention_decode, choose_config
+from spec_compile.ops.kernels.attention_decode import attention_decode
 from spec_compile.ops.kernels.attention_prefill import PrefillConfig, attention_prefill
+from spec_compile.ops.kernels.decode_config import DecodeConfig, choose_config
 
 LAYERS, REPLAYS = 24, 15
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
@@ -87,9 +88,8 @@ def decode_table(tune: bool, chosen: int | None) -> None:
         splits = {1: (8, 16), 4: (2, 4)}.get(batch, (1,))
         results = []
         for (block_n, warps, stages), count, block_m in itertools.product(shapes, splits, {16, base.block_m}):
-            for early in (False, True):
-                config = DecodeConfig(block_m, block_n, warps, stages, base.min_blocks, early)
-                results.append((problem.time(config, count), config, count))
+            config = DecodeConfig(block_m, block_n, warps, stages, base.min_blocks)
+            results.append((problem.time(config, count), config, count))
         for micros, config, count in sorted(results, key=lambda result: result[0])[:6]:
             print(f"    {micros:6.2f} us  splits {count}  {config}")
 

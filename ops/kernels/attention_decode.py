@@ -10,35 +10,15 @@ A tile is (row, key/value head, slice of the G * N packed queries); packed query
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.kernels.decode_config import DecodeConfig, choose_config, choose_splits
 from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.split_kv import COUNTERS, merge_splits
-
-
-@triton.jit
-def _popcount(x):
-    """Set bits of an int32 tensor; in plain arithmetic because the interpreter has no ``popc``."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
-def _depth(mask_ptr, token, valid, stride_n, stride_w, WORDS: tl.constexpr):
-    """Number of ancestors of each window token: bits in its mask row, itself excluded."""
-    count = tl.zeros_like(token)
-    for word in tl.static_range(WORDS):
-        count += _popcount(tl.load(mask_ptr + token * stride_n + word * stride_w, mask=valid, other=0))
-    return count - 1
+from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
 
 
 @triton.jit
@@ -49,6 +29,56 @@ def _page_ids(table, start, offset, end, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.co
     else:
         page = tl.load(table + (start + offset) // PAGE_SIZE, mask=start + offset < end, other=0)
     return page
+
+
+@triton.jit
+def _attend_window(
+    q, qr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table, mask_ptr, token, row_ok, depth,
+    prefix, m_tile, scale, softcap, window, table_columns, peak, total, acc,
+    stride_kn, stride_vn, stride_kcp, stride_kcs, stride_vcp, stride_vcs, stride_mn, stride_mw,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_RD: tl.constexpr, BLOCK_DV: tl.constexpr, WORDS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HAS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SHARED_KV: tl.constexpr,
+):  # fmt: skip
+    """Append the window to the cache and attend to it, straight from the inputs."""
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    rd = D + tl.arange(0, BLOCK_RD)
+    for w0 in range(0, N, BLOCK_W):
+        col = w0 + tl.arange(0, BLOCK_W)
+        col_ok = col < N
+        k_rows = k_ptr + col * stride_kn
+        new_k = tl.load(k_rows[:, None] + d[None, :], mask=col_ok[:, None] & (d < D)[None, :], other=0.0)
+        new_kr = new_k
+        new_v = new_k
+        if R > 0:
+            new_kr = tl.load(k_rows[:, None] + rd[None, :], mask=col_ok[:, None] & (rd < D + R)[None, :], other=0.0)
+        if not SHARED_KV:
+            v_rows = v_ptr + col * stride_vn
+            new_v = tl.load(v_rows[:, None] + dv[None, :], mask=col_ok[:, None] & (dv < DV)[None, :], other=0.0)
+        if m_tile == 0:
+            slot = prefix + col
+            column = tl.minimum(slot // PAGE_SIZE, table_columns - 1)
+            new_page = tl.load(table + column, mask=col_ok, other=0).to(tl.int64)
+            slot = slot % PAGE_SIZE
+            new_k_ptr = k_cache_ptr + new_page * stride_kcp + slot * stride_kcs
+            tl.store(new_k_ptr[:, None] + d[None, :], new_k, mask=col_ok[:, None] & (d < D)[None, :])
+            if R > 0:
+                tl.store(new_k_ptr[:, None] + rd[None, :], new_kr, mask=col_ok[:, None] & (rd < D + R)[None, :])
+            if not SHARED_KV:
+                new_v_ptr = v_cache_ptr + new_page * stride_vcp + slot * stride_vcs
+                tl.store(new_v_ptr[:, None] + dv[None, :], new_v, mask=col_ok[:, None] & (dv < DV)[None, :])
+        seen = visible_columns(mask_ptr, token, row_ok, col, col_ok, stride_mn, stride_mw, WORDS, HAS_TREE)
+        if HAS_WINDOW:
+            col_depth = col
+            if HAS_TREE:
+                col_depth = token_depth(mask_ptr, col, col_ok, stride_mn, stride_mw, WORDS)
+            seen = seen & (depth[:, None] - col_depth[None, :] < window)
+        new_scores = logits(q, qr, new_k, new_kr, scale, softcap, R > 0, HAS_SOFTCAP)
+        new_scores = tl.where(seen, new_scores, float("-inf"))
+        peak, total, acc = online_softmax_step(new_scores, new_v, peak, total, acc)
+    return peak, total, acc
 
 
 @triton.jit(do_not_specialize=["window", "table_columns", "min_blocks"])
@@ -143,7 +173,7 @@ def _decode_kernel(
     first = 0
     if HAS_WINDOW:
         if HAS_TREE:
-            depth = _depth(mask_ptr, token, row_ok, stride_mn, stride_mw, WORDS)
+            depth = token_depth(mask_ptr, token, row_ok, stride_mn, stride_mw, WORDS)
         nearest = tl.min(tl.where(row_ok, depth, N), 0)
         first = tl.maximum(prefix + nearest - window + 1, 0)
     block_base = first // BLOCK_N
@@ -164,51 +194,20 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    if split == prefix_blocks % live:  # this split appends the window and attends to it, straight from the inputs
-        for w0 in range(0, N, BLOCK_W):
-            col = w0 + tl.arange(0, BLOCK_W)
-            col_ok = col < N
-            k_rows = k_ptr + batch * stride_kb + col * stride_kn + head * stride_kh
-            k = tl.load(k_rows[:, None] + d[None, :], mask=col_ok[:, None] & (d < D)[None, :], other=0.0)
-            kr = k
-            v = k
-            if HAS_ROPE:
-                kr = tl.load(k_rows[:, None] + rd[None, :], mask=col_ok[:, None] & (rd < D + R)[None, :], other=0.0)
-            if not SHARED_KV:
-                v_rows = v_ptr + batch * stride_vb + col * stride_vn + head * stride_vh
-                v = tl.load(v_rows[:, None] + dv[None, :], mask=col_ok[:, None] & (dv < DV)[None, :], other=0.0)
-            if m_tile == 0:
-                slot = prefix + col
-                column = tl.minimum(slot // PAGE_SIZE, table_columns - 1)
-                new_page = tl.load(table + column, mask=col_ok, other=0).to(tl.int64)
-                slot = slot % PAGE_SIZE
-                k_new = k_cache_ptr + new_page * stride_kcp + slot * stride_kcs + head * stride_kch
-                tl.store(k_new[:, None] + d[None, :], k, mask=col_ok[:, None] & (d < D)[None, :])
-                if HAS_ROPE:
-                    tl.store(k_new[:, None] + rd[None, :], kr, mask=col_ok[:, None] & (rd < D + R)[None, :])
-                if not SHARED_KV:
-                    v_new = v_cache_ptr + new_page * stride_vcp + slot * stride_vcs + head * stride_vch
-                    tl.store(v_new[:, None] + dv[None, :], v, mask=col_ok[:, None] & (dv < DV)[None, :])
-            if HAS_TREE:
-                visible = tl.zeros([BLOCK_M, BLOCK_W], tl.int1)
-                for word in tl.static_range(WORDS):
-                    bits = tl.load(mask_ptr + token * stride_mn + word * stride_mw, mask=row_ok, other=0)
-                    hit = ((bits[:, None] >> (col % 32)[None, :]) & 1) != 0
-                    visible = visible | (hit & (col // 32 == word)[None, :])
-                visible = visible & col_ok[None, :]
-            else:
-                visible = (col[None, :] <= token[:, None]) & col_ok[None, :]
-            if HAS_WINDOW:
-                col_depth = col
-                if HAS_TREE:
-                    col_depth = _depth(mask_ptr, col, col_ok, stride_mn, stride_mw, WORDS)
-                visible = visible & (depth[:, None] - col_depth[None, :] < window)
-            scores = logits(q, qr, k, kr, scale, softcap, HAS_ROPE, HAS_SOFTCAP)
-            scores = tl.where(visible, scores, float("-inf"))
-            peak, total, acc = online_softmax_step(scores, v, peak, total, acc)
-
+    owner = split == prefix_blocks % live  # one split appends the window and attends to it
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
     k_cache_ptr += head * stride_kch
     v_cache_ptr += head * stride_vch
+    if owner:
+        peak, total, acc = _attend_window(
+            q, qr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table, mask_ptr, token, row_ok,
+            depth, prefix, m_tile, scale, softcap, window, table_columns, peak, total, acc,
+            stride_kn, stride_vn, stride_kcp, stride_kcs, stride_vcp, stride_vcs, stride_mn, stride_mw,
+            N, D, R, DV, BLOCK_W, BLOCK_D, BLOCK_RD, BLOCK_DV, WORDS, PAGE_SIZE, HAS_TREE, HAS_WINDOW,
+            HAS_SOFTCAP, SHARED_KV,
+        )  # fmt: skip
+
     # Page ids are read one block ahead and carried, so that the pipeline sees key loads that wait for no other load.
     for turn in tl.range(0, tl.cdiv(tl.maximum(prefix_blocks - split, 0), live), num_stages=STAGES):
         start = (block_base + split + turn * live) * BLOCK_N
@@ -267,61 +266,6 @@ def _decode_kernel(
             )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Host code
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Block shapes of one launch. ``min_blocks``: key blocks a split gets before another split is used."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    min_blocks: int
-    programs_per_sm: int
-
-
-def choose_config(rows: int, dims: int, v_dim: int, itemsize: int, shared_memory: int) -> DecodeConfig:
-    """Block shapes for ``rows`` packed queries of ``dims`` dims on a device with ``shared_memory`` bytes per program.
-
-    Depends on static data only, so every replay of a captured graph uses what was captured.
-    """
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
-    block_d, block_dv = max(16, triton.next_power_of_2(dims)), max(16, triton.next_power_of_2(v_dim))
-    if itemsize == 4:  # full-precision dots run on the plain arithmetic units: small blocks, little pipelining
-        block_m = 16
-        config = DecodeConfig(block_m, 32 if block_d <= 128 else 16, 4, 2, 2, 2)
-    elif block_dv > 256:
-        config = DecodeConfig(block_m, 16 if block_m == 64 else 32, 8, 2, 2, 1)
-    elif block_m == 64 and block_dv == 256:
-        config = DecodeConfig(block_m, 32, 8, 3, 2, 1)
-    else:
-        config = DecodeConfig(block_m, 32 if block_d >= 256 else 64, 4, 3, 1, 2)
-    while _stage_bytes(config, block_d, block_dv, itemsize) > shared_memory:
-        if config.num_stages > 1:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.block_n > 16:
-            config = replace(config, block_n=config.block_n // 2)
-        else:
-            break
-    return config
-
-
-def _stage_bytes(config: DecodeConfig, block_d: int, block_dv: int, itemsize: int) -> int:
-    """Upper bound of what the pipelined key/value blocks and the query tile take in shared memory."""
-    stages = config.num_stages * config.block_n * (block_d + block_dv) * itemsize
-    return stages + config.block_m * (block_d + block_dv) * itemsize
-
-
-def choose_splits(tiles: int, capacity: int, config: DecodeConfig, num_sms: int) -> int:
-    """Splits per tile: enough programs to fill the device, but none without keys even when the cache is full."""
-    wanted = max(1, config.programs_per_sm * num_sms // tiles)
-    useful = triton.cdiv(triton.cdiv(capacity, config.block_n) + 1, config.min_blocks)
-    return max(1, min(wanted, useful, 64))
-
-
 def attention_decode(
     q: Tensor,
     k: Tensor,
@@ -360,7 +304,7 @@ def attention_decode(
     v_dim = v.shape[3] if v is not None else v_dim
     rotary = 0 if v is not None else dims - v_dim
     rows = group * num_tokens
-    config = config or choose_config(rows, dims - rotary, v_dim, q.element_size(), shared_memory)
+    config = config or choose_config(rows, batch * num_kv_heads, dims - rotary, v_dim, q.element_size(), num_sms, shared_memory)
     m_tiles = triton.cdiv(rows, config.block_m)
     tiles = batch * num_kv_heads * m_tiles
     capacity = page_table.shape[1] * page_size
