@@ -138,9 +138,7 @@ def attention_triton(
 
 
 @attention_triton.register_fake
-def attention_triton_fake(
-    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
-) -> Tensor:
+def attention_triton_fake(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
@@ -194,9 +192,7 @@ def prefill_attention_triton(
 
 
 @prefill_attention_triton.register_fake
-def prefill_attention_triton_fake(
-    q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks
-) -> Tensor:
+def prefill_attention_triton_fake(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
