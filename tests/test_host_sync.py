@@ -1,0 +1,240 @@
+"""No host sync in a round: whole rounds over fake tensors of a device that is not the host's.
+
+Data on that device cannot be read, so whatever needs a value (``item``, ``tolist``, ``nonzero``, ``if tensor``) raises, and so
+does every tensor that crosses between host and device. Model graphs are captured for real, then bound to fakes. What the
+custom ops do inside is their fakes' business here; their kernels are held to the same on a GPU, by CUDA-graph capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spec_compile.drafts.base import Draft, Proposal
+from spec_compile.drafts.causal_lm import CausalLMDraft
+from spec_compile.drafts.ngram import NgramDraft
+from spec_compile.hardware import Hardware
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.round import run_round
+from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
+
+# Builds of torch without CUDA cannot even pretend to have one; there the meta device stands in for the GPU.
+DEVICE = torch.device("cuda" if torch.backends.cuda.is_built() else "meta")
+ROWS, NUM_STEPS, CAPACITY = 2, 3, 128
+CPU = Hardware("cpu", "cpu", 1, "CPU")
+
+
+class HostSync(AssertionError):
+    """A tensor crossed between host and device."""
+
+
+class NothingCrosses(TorchDispatchMode):
+    """Raises for ops that take or give tensors of both sides. A host scalar is no transfer: kernels get it by value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor) and (t.dim() > 0 or t.device == DEVICE)]
+        sides = {t.device.type for t in given + [t for t in tree_leaves(result) if isinstance(t, Tensor)]}
+        if len(sides) > 1:
+            raise HostSync(f"{func} runs between {' and '.join(sorted(sides))}")
+        return result
+
+
+class NothingIsUploaded(TorchFunctionMode):
+    """Raises for tensors made of Python values: on a GPU that is a copy from pageable host memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            raise HostSync(f"{func.__name__} uploads from the host")
+        return func(*args, **(kwargs or {}))
+
+
+class FakeRounds:
+    """A target and a causal-LM draft captured once, their weights and caches replaced by fakes on ``DEVICE``."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self._fakes: dict[int, Tensor] = {}
+        self.target, draft = self._runner("verify"), self._runner("draft")
+        for argmax in (True, False):
+            for runner, sizes in ((self.target, (NUM_STEPS + 1, 1)), (draft, (2, 1))):
+                for num_tokens in sizes:
+                    runner.window_program(ROWS, num_tokens, argmax=argmax)
+        for runner in (self.target, draft):
+            for program in runner._programs.values():
+                program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
+                _move(program.gm)
+        self.causal_lm = CausalLMDraft(draft, NUM_STEPS, 96)
+
+    def _runner(self, stage: str) -> ModelRunner:
+        model = tiny_model("llama", num_hidden_layers=1)
+        runner = ModelRunner(
+            model, stage=stage, hardware=CPU, backend="auto", compiler=SegmentCompiler("none", CPU), page_size=64
+        )
+        runner.reserve(ROWS, CAPACITY)
+        return runner
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """The same fake for the same memory: a cache that two programs share stays one."""
+        key = tensor.data_ptr()
+        if key not in self._fakes or self._fakes[key].shape != tensor.shape:
+            with self.mode:
+                self._fakes[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+        return self._fakes[key]
+
+    def run(self, draft: Draft | None, plan: SamplingPlan, simulate: float | None = None) -> DecodeState:
+        """One round over a fake state; returns it."""
+        with torch.no_grad(), self.mode:
+            state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE, CAPACITY)
+            with NothingCrosses(), NothingIsUploaded():
+                num_drafts = 0 if draft is None else NUM_STEPS
+                run_round(self.target, draft, state, plan, num_drafts=num_drafts, simulate_accept_length=simulate)
+        return state
+
+
+def _move(gm: fx.GraphModule) -> None:
+    """Devices that the capture on a CPU wrote into the graph, as a capture on ``DEVICE`` would have written them."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, _moved)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, _moved)
+            module.recompile()
+
+
+def _moved(argument: object) -> object:
+    return DEVICE if isinstance(argument, torch.device) or argument == "cpu" else argument
+
+
+@pytest.fixture(scope="module")
+def rounds() -> FakeRounds:
+    return FakeRounds()
+
+
+def make(rounds: FakeRounds, kind: str) -> Draft | None:
+    return {"none": None, "ngram": NgramDraft(NUM_STEPS, 1, 3), "causal_lm": rounds.causal_lm}[kind]
+
+
+PLANS = {
+    "greedy": SamplingPlan(),
+    "greedy, min_len": SamplingPlan(use_min_len=True),
+    "sampling": SamplingPlan(do_sample=True),
+    "top-k": SamplingPlan(do_sample=True, max_top_k=8),
+    "top-p": SamplingPlan(do_sample=True, use_top_p=True),
+    "min-p": SamplingPlan(do_sample=True, use_min_p=True),
+    "everything": SamplingPlan(do_sample=True, max_top_k=8, use_top_p=True, use_min_p=True, use_min_len=True),
+}
+ON_DEVICE = f"fake {DEVICE.type}"
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=[f"{ON_DEVICE}, {name}" for name in PLANS])
+@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm"])
+def test_a_round_never_waits_for_the_device(rounds: FakeRounds, kind: str, plan: SamplingPlan):
+    state = rounds.run(make(rounds, kind), plan)
+    assert state.out.device.type == DEVICE.type and state.cache_len.device.type == DEVICE.type
+
+
+@pytest.mark.parametrize("mean", [2.0, 2.5], ids=lambda mean: f"{ON_DEVICE}, {mean}")
+def test_simulated_acceptance_neither(rounds: FakeRounds, mean: float):
+    rounds.run(make(rounds, "causal_lm"), PLANS["greedy"], simulate=mean)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Negative controls: each of these, planted in a round, must make the test above fail
+
+
+def item(state: DecodeState) -> None:
+    state.cache_len.max().item()
+
+
+def tolist(state: DecodeState) -> None:
+    state.cache_len.tolist()
+
+
+def condition(state: DecodeState) -> None:
+    if state.finished.all():
+        pass
+
+
+def nonzero(state: DecodeState) -> None:
+    state.finished.nonzero()
+
+
+def boolean_index(state: DecodeState) -> None:
+    state.tokens[~state.finished]
+
+
+def unique(state: DecodeState) -> None:
+    state.tokens.unique()
+
+
+def to_host(state: DecodeState) -> None:
+    state.cache_len.cpu()
+
+
+def from_host(state: DecodeState) -> None:
+    state.cache_len.copy_(torch.arange(ROWS, dtype=torch.int32))
+
+
+def host_operand(state: DecodeState) -> None:
+    state.cache_len + torch.arange(ROWS)
+
+
+def host_index(state: DecodeState) -> None:
+    state.tokens[torch.arange(ROWS)]
+
+
+def upload(state: DecodeState) -> None:
+    torch.tensor([1, 2], device=DEVICE)
+
+
+FAULTS = {
+    item: DataDependentOutputException,
+    tolist: DataDependentOutputException,
+    condition: DataDependentOutputException,
+    nonzero: DynamicOutputShapeException,
+    boolean_index: DynamicOutputShapeException,
+    unique: DynamicOutputShapeException,
+    to_host: HostSync,
+    from_host: HostSync,
+    host_operand: RuntimeError,  # "Expected all tensors to be on the same device", worded and typed by version
+    host_index: HostSync,
+    upload: HostSync,
+}
+
+
+class FaultyDraft(NgramDraft):
+    """An n-gram draft that does something else before it proposes."""
+
+    def __init__(self, fault: Callable[[DecodeState], None]) -> None:
+        super().__init__(NUM_STEPS, 1, 3)
+        self.fault = fault
+
+    def propose(self, state: DecodeState, plan: SamplingPlan) -> Proposal:
+        self.fault(state)
+        return super().propose(state, plan)
+
+
+@pytest.mark.parametrize("fault,error", FAULTS.items(), ids=lambda value: value.__name__)
+def test_a_planted_sync_is_caught(rounds: FakeRounds, fault: Callable, error: type[Exception]):
+    with pytest.raises(error):
+        rounds.run(FaultyDraft(fault), PLANS["greedy"])
+
+
+def test_an_innocent_addition_is_not(rounds: FakeRounds):
+    rounds.run(FaultyDraft(lambda state: state.cache_len + state.cache_len * 2), PLANS["greedy"])
+
+
+def test_real_tensors_cannot_slip_in(rounds: FakeRounds):
+    real = torch.zeros(ROWS, dtype=torch.int32)
+    with pytest.raises((AssertionError, RuntimeError), match=r"(?i)fake"):
+        rounds.run(FaultyDraft(lambda state: state.cache_len.add_(real)), PLANS["greedy"])
