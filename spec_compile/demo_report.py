@@ -112,7 +112,7 @@ def legend(colour: bool) -> Text:
 
 def result_lines(results: Sequence[PromptResult], sampled: bool, width: int) -> Table | Text:
     """The comparison: a table, or on a narrow terminal a list."""
-    columns = ("prompt", "tokens", "equal", "accept length", "plain tok/s", "spec tok/s", "speed-up")
+    columns = ("prompt", "tokens", "equal", "accept", "plain tok/s", "spec tok/s", "speed-up")
     rows = [
         (
             result.title,
@@ -140,7 +140,7 @@ def _equality(result: PromptResult, sampled: bool) -> str:
     if sampled:
         return "sampled"
     at = result.first_difference
-    return "yes" if at is None else f"NO, from token {at + 1}"
+    return "yes" if at is None else f"NO, at {at + 1}"
 
 
 def histogram(results: Sequence[PromptResult]) -> Text:
