@@ -45,7 +45,9 @@ def append_window(new: Tensor, cache: Tensor, page_table: Tensor, cache_len: Ten
     """Write ``new`` [B, N, ...] into the paged ``cache`` [P, page_size, ...] behind each row's ``cache_len``."""
     num_tokens, page_size = new.shape[1], cache.shape[1]
     position = cache_len.long()[:, None] + torch.arange(num_tokens, device=new.device)  # [B, N]
-    page = page_table.long().gather(1, (position // page_size).clamp(max=page_table.shape[1] - 1))
+    column = position // page_size
+    page = page_table.long().gather(1, column.clamp(max=page_table.shape[1] - 1))
+    page = page.masked_fill(column >= page_table.shape[1], 0)  # what a row cannot hold goes to nobody's page
     cache[page, position % page_size] = new.to(cache.dtype)
 
 

@@ -41,7 +41,8 @@ def test_causal_lm_drafts(family: str) -> None:
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    model = spec_compile(tiny_model(family), draft=draft, num_steps=3, compile="none")
+    num_steps = 3 if family in ("llama", "gemma3_text") else 1  # each window width is a capture of one to two seconds
+    model = spec_compile(tiny_model(family), draft=draft, num_steps=num_steps, compile="none")
     assert_same_text(reference, model, batches=(1, 3, 5))
     assert model.spec.stats().accept_length > 1.0
 

@@ -49,6 +49,7 @@ class SamplingPlan:
             max_top_k=self.max_top_k,
             use_top_p=self.use_top_p,
             use_min_p=self.use_min_p,
+            every_row_top_k=True,  # one setting serves a whole call
         )
         return probs.unflatten(0, (batch, num_tokens))
 

@@ -1,0 +1,123 @@
+"""On a GPU: real kernels, CUDA graphs, the same text."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from tiny import left_padded, tiny_model
+
+from spec_compile import spec_compile
+from spec_compile.runtime.state import SamplingPlan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "gpt2", "phi3", "deepseek_v3"]
+
+
+def on_gpu(inputs: dict) -> dict:
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def moved(model: torch.nn.Module, amount: float) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_text_equals_plain_generate(family: str) -> None:
+    reference = tiny_model(family, device="cuda")
+    model = spec_compile(tiny_model(family, device="cuda"), min_ngram=1, num_steps=5, compile="none")
+    for batch in (1, 3, 5):
+        inputs = on_gpu(left_padded(batch, 11, seed=batch))
+        plain = reference.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=24, do_sample=False)), batch
+        end = int(plain[0, 20])
+        plain = reference.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=end)
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=end)), batch
+    assert len(model.spec.stats().graphs) == 3, "buckets of 1, 4 and 8 rows"
+    assert "triton" in {c.provider for choices in model.spec._engine.target.choices.values() for c in choices}
+
+
+def test_compiled_with_a_draft_model() -> None:
+    """Inductor's segments, a causal-LM draft, greedy and sampled; 50 rounds and changing lengths capture nothing new."""
+    reference = tiny_model("llama", device="cuda")
+    draft = moved(tiny_model("llama", device="cuda"), 0.01)
+    model = spec_compile(tiny_model("llama", device="cuda"), draft=draft, num_steps=3)
+    first = on_gpu(left_padded(3, 11))
+    model.generate(**first, max_new_tokens=8, do_sample=False)
+    engine = model.spec._engine
+    programs = dict(engine.target._programs), dict(engine.draft.runner._programs), dict(engine.compiler.artifacts)
+    graphs = set(engine.graphs.rounds)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    rounds = 0
+    for length, new in ((5, 30), (17, 60), (40, 50), (80, 90)):
+        inputs = on_gpu(left_padded(3 if length % 2 else 4, length, seed=length))
+        plain = reference.generate(**inputs, max_new_tokens=new, do_sample=False)
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=new, do_sample=False))
+        rounds += model.spec.stats().rounds
+        assert model.spec.stats().accept_length > 1
+    assert rounds >= 50
+    assert set(engine.graphs.rounds) == graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+    assert programs == (engine.target._programs, engine.draft.runner._programs, engine.compiler.artifacts)
+    sampled = model.generate(**first, max_new_tokens=20, do_sample=True, top_k=20, top_p=0.9, temperature=0.8)
+    assert sampled.shape == (3, 31) and int(sampled.max()) < 96
+    assert all(nbytes < 2**30 for _, nbytes in model.spec.stats().graphs)
+
+
+def test_a_round_does_not_sync() -> None:
+    draft = tiny_model("llama", seed=1, device="cuda")
+    for source in ("ngram", draft):
+        model = spec_compile(tiny_model("llama", device="cuda"), draft=source, compile="none", num_steps=3)
+        inputs = on_gpu(left_padded(3, 11))
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        engine = model.spec._engine
+        state = engine._buffers.rows(4)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.launch(state, SamplingPlan(), 3)  # the replay
+            engine._round(state, SamplingPlan(), 3)  # and what was captured, launched kernel by kernel
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padding_rows_are_harmless() -> None:
+    """Three rows in a bucket of four give what each gives alone."""
+    model = spec_compile(tiny_model("llama", device="cuda"), min_ngram=1, compile="none")
+    ids = torch.randint(3, 96, (3, 9), device="cuda")
+    together = model.generate(ids, max_new_tokens=30, do_sample=False)
+    for row in range(3):
+        assert torch.equal(together[row : row + 1], model.generate(ids[row : row + 1], max_new_tokens=30, do_sample=False))
+
+
+def test_bfloat16_differs_only_at_near_ties() -> None:
+    """A wider GEMM may round differently; text may change only where the two best logits are closer than that."""
+    bound = 0.08  # eight bf16 steps at the logits' magnitude of about 2
+    reference = tiny_model("llama", device="cuda").bfloat16()
+    model = spec_compile(tiny_model("llama", device="cuda").bfloat16(), min_ngram=1)
+    inputs = on_gpu(left_padded(8, 11))
+    plain = reference.generate(**inputs, max_new_tokens=40, do_sample=False)
+    ours = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    diverged = 0
+    for row in range(8):
+        differ = (plain[row] != ours[row]).nonzero().flatten()
+        if len(differ) == 0:
+            continue
+        diverged += 1
+        start = int(inputs["attention_mask"][row].argmax())
+        logits = reference(plain[row : row + 1, start : int(differ[0])]).logits[0, -1].float()
+        best = logits.topk(2).values
+        assert best[0] - best[1] < bound, f"row {row} left the text with a gap of {float(best[0] - best[1]):.3f}"
+    print(f"{diverged} of 8 rows diverged, all at near ties")

@@ -1,0 +1,327 @@
+"""What callers of ``generate()`` rely on: the same results as plain transformers for everything they may ask for."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from tiny import left_padded, tiny_model
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, pipeline
+
+from spec_compile import SpecConfig, spec_compile
+from spec_compile.errors import BackendError, ConfigError, DraftError
+
+PROMPT = 11
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A plain model and the same one compiled with n-gram drafts."""
+    model = spec_compile(tiny_model("llama"), draft="ngram", min_ngram=1, num_steps=3, compile="none", adaptive=False)
+    return tiny_model("llama"), model
+
+
+def assert_same(pair, inputs, mode: str = "rounds", **settings) -> torch.Tensor:
+    reference, model = pair
+    settings = {"max_new_tokens": 20, "do_sample": False} | settings
+    plain = reference.generate(**inputs, **copy.deepcopy(settings))
+    ours = model.generate(**inputs, **settings)
+    assert model.spec.stats().mode == mode
+    assert torch.equal(plain, ours)
+    return plain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lengths and ends
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_length": 25, "max_new_tokens": None}])
+def test_lengths(pair, settings: dict) -> None:
+    assert_same(pair, left_padded(3, PROMPT), **settings)
+
+
+def test_min_new_tokens_and_several_end_ids(pair) -> None:
+    inputs = left_padded(3, PROMPT)
+    text = assert_same(pair, inputs)
+    ends = [int(text[0, PROMPT + 2]), int(text[1, PROMPT + 4]), int(text[2, PROMPT + 1])]
+    assert_same(pair, inputs, eos_token_id=ends)
+    assert_same(pair, inputs, eos_token_id=ends, min_new_tokens=7)
+    assert_same(pair, inputs, eos_token_id=ends, min_length=PROMPT + 7)
+
+
+class StopAt(StoppingCriteria):
+    """Stops each row behind its own number of new tokens, and counts its calls."""
+
+    def __init__(self, limits: list[int]) -> None:
+        self.limits, self.calls = limits, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.calls += 1
+        return torch.tensor([input_ids.shape[1] - PROMPT >= limit for limit in self.limits], device=input_ids.device)
+
+
+@pytest.mark.parametrize("end", [None, 5])
+def test_custom_criteria_cut_at_the_right_token(pair, end: int | None) -> None:
+    inputs, limits = left_padded(3, PROMPT), [4, 9, 6]
+    assert_same(pair, inputs, stopping_criteria=StoppingCriteriaList([StopAt(limits)]), eos_token_id=end)
+    ours, plain = StopAt(limits), StopAt(limits)
+    pair[0].generate(**inputs, max_new_tokens=20, do_sample=False, stopping_criteria=[plain])
+    pair[1].generate(**inputs, max_new_tokens=20, do_sample=False, stopping_criteria=[ours])
+    assert ours.calls == plain.calls == 9
+
+
+class Recorder:
+    """A streamer that keeps everything it is given."""
+
+    def __init__(self) -> None:
+        self.events: list = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.events.append(value.tolist())
+
+    def end(self) -> None:
+        self.events.append("end")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_streamer_sees_what_plain_generate_shows(pair, batch: int) -> None:
+    inputs, plain, ours = left_padded(batch, PROMPT), Recorder(), Recorder()
+    pair[0].generate(**inputs, max_new_tokens=12, do_sample=False, streamer=plain)
+    pair[1].generate(**inputs, max_new_tokens=12, do_sample=False, streamer=ours)
+    assert ours.events == plain.events and ours.events[-1] == "end"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processors, scores
+
+
+class Spy(LogitsProcessor):
+    """A stateful processor: forbids a token that depends on how often it was called, and records its arguments."""
+
+    def __init__(self) -> None:
+        self.seen: list = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(input_ids.tolist())
+        scores = scores.clone()
+        scores[:, len(self.seen) % scores.shape[1]] = -float("inf")
+        scores[:, int(scores[0].argmax())] -= 0.5 * (len(self.seen) % 3)
+        return scores
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_are_called_once_a_token_as_in_plain_generate(pair, batch: int) -> None:
+    inputs, plain, ours = left_padded(batch, PROMPT), Spy(), Spy()
+    a = pair[0].generate(**inputs, max_new_tokens=15, do_sample=False, logits_processor=LogitsProcessorList([plain]))
+    b = pair[1].generate(**inputs, max_new_tokens=15, do_sample=False, logits_processor=LogitsProcessorList([ours]))
+    assert torch.equal(a, b) and ours.seen == plain.seen and len(ours.seen) == 15
+    assert pair[1].spec.stats().mode == "lockstep"
+
+
+def test_repetition_penalty_and_bad_words(pair) -> None:
+    assert_same(pair, left_padded(3, PROMPT), "lockstep", repetition_penalty=1.4)
+    assert_same(pair, left_padded(3, PROMPT), "lockstep", bad_words_ids=[[5], [7, 9]], no_repeat_ngram_size=2)
+
+
+def test_scores_and_logits(pair) -> None:
+    inputs = left_padded(3, PROMPT)
+    end = int(pair[0].generate(**inputs, max_new_tokens=20, do_sample=False)[0, PROMPT + 3])
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": end}
+    settings |= {"output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    plain, ours = (m.generate(**inputs, **settings) for m in pair)
+    assert torch.equal(plain.sequences, ours.sequences) and len(plain.scores) == len(ours.scores) == len(ours.logits)
+    for name in ("scores", "logits"):
+        for a, b in zip(getattr(plain, name), getattr(ours, name), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ways in
+
+
+def test_custom_generate(pair) -> None:
+    reference, model = pair
+    inputs = left_padded(3, PROMPT)
+    plain = reference.generate(**inputs, max_new_tokens=12, do_sample=False)
+    ours = model.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=model.spec.generate_loop)
+    assert torch.equal(plain, ours) and model.spec.stats().rounds > 0
+    own = model.generate(**inputs, max_new_tokens=12, custom_generate=lambda model, input_ids, **kwargs: input_ids[:, :3])
+    assert own.shape == (3, 3)
+
+
+def test_num_return_sequences_and_inference_mode(pair) -> None:
+    inputs = left_padded(2, PROMPT)
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        out = pair[1].generate(**inputs, max_new_tokens=6, do_sample=True, num_return_sequences=4)
+    assert out.shape == (8, PROMPT + 6) and len({tuple(row) for row in out[:4].tolist()}) > 1
+    assert_same(pair, inputs)
+
+
+def byte_tokenizer():
+    """A tokenizer of single printable ASCII characters and a padding token: 96 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [chr(code) for code in range(33, 127)] + ["\u0120"]  # ByteLevel's name for a space
+    raw = Tokenizer(models.BPE({"<pad>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", padding_side="left")
+
+
+def test_text_generation_pipeline_and_stop_strings(pair) -> None:
+    (reference, model), tokenizer, texts = pair, byte_tokenizer(), ["Hello there", "Hi"]
+    written = [
+        pipeline("text-generation", model=m, tokenizer=tokenizer)(texts, max_new_tokens=12, do_sample=False, batch_size=2)
+        for m in (reference, model)
+    ]
+    assert written[0] == written[1] and model.spec.stats().mode == "rounds"
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    plain = reference.generate(**inputs, max_new_tokens=12, do_sample=False)
+    stop = tokenizer.decode(plain[0, -6:-4])
+    settings = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    plain, ours = (m.generate(**inputs, **settings) for m in (reference, model))
+    assert torch.equal(plain, ours) and model.spec.stats().mode == "rounds"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is not accelerated runs plain, and says so once
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"use_cache": False}, "use_cache"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+    ],
+)
+def test_plain_fallbacks(settings: dict, why: str) -> None:
+    reference = tiny_model("llama")
+    model = spec_compile(tiny_model("llama"), compile="none")
+    inputs = left_padded(1, PROMPT)
+    with pytest.warns(UserWarning, match=why):
+        ours = model.generate(**inputs, max_new_tokens=6, do_sample=False, **settings)
+    plain = reference.generate(**inputs, max_new_tokens=6, do_sample=False, **settings)
+    assert torch.equal(getattr(ours, "sequences", ours), getattr(plain, "sequences", plain))
+    assert model.spec.stats().mode == "plain"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, **settings)
+
+
+def test_gaps_in_the_mask_and_callers_cache_run_plain(pair) -> None:
+    reference, model = pair
+    inputs = left_padded(2, PROMPT)
+    gaps = inputs["attention_mask"].clone()
+    gaps[0, 4] = 0
+    with pytest.warns(UserWarning, match="gaps"):
+        ours = model.generate(inputs["input_ids"], attention_mask=gaps, max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours, reference.generate(inputs["input_ids"], attention_mask=gaps, max_new_tokens=6, do_sample=False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.spec
+
+
+def test_switching_off_and_removing() -> None:
+    cls = type(tiny_model("llama"))
+    model = spec_compile(tiny_model("llama"), compile="none")
+    inputs = left_padded(1, PROMPT)
+    assert isinstance(model, cls) and type(model).__name__ == cls.__name__
+    with model.spec.disable():
+        model.generate(**inputs, max_new_tokens=4)
+        assert model.spec.stats().mode == "plain"
+        with model.spec.enable():
+            model.generate(**inputs, max_new_tokens=4)
+            assert model.spec.stats().mode == "rounds"
+    model.generate(**inputs, max_new_tokens=4)
+    assert model.spec.stats().mode == "rounds"
+    model.spec.disable()
+    model.generate(**inputs, max_new_tokens=4)
+    assert model.spec.stats().mode == "plain"
+    model.spec.remove()
+    assert type(model) is cls and not hasattr(model, "spec")
+
+
+def test_compiling_again_replaces(pair) -> None:
+    model = spec_compile(spec_compile(tiny_model("llama"), compile="none"), draft=None, compile="none")
+    assert type(model).__mro__[1] is type(tiny_model("llama"))
+    assert_same((pair[0], model), left_padded(3, PROMPT))
+    assert model.spec.stats().accept_length == 1.0
+
+
+def test_stats_count_what_was_emitted(pair) -> None:
+    out = assert_same(pair, left_padded(3, PROMPT))
+    stats = pair[1].spec.stats()
+    new = out.numel() - 3 * PROMPT
+    assert stats.emitted_tokens == new
+    assert sum(map(sum, stats.accept_lengths)) == new - 3, "all but prefill's token of each row"
+    verifies = sum(map(len, stats.accept_lengths))
+    assert stats.accept_length == pytest.approx((new - 3) / verifies)
+    assert len(stats.acceptance_by_position) == 3
+    assert all(a >= b for a, b in zip(stats.acceptance_by_position, stats.acceptance_by_position[1:], strict=False))
+    assert "torch" in pair[1].spec.explain() and "ngram" in pair[1].spec.explain()
+
+
+@pytest.mark.parametrize(("num_steps", "batch"), [(5, 1), (5, 3), (2, 1)])
+def test_a_perfect_draft_takes_the_fewest_rounds(num_steps: int, batch: int) -> None:
+    """The target drafts for itself: n tokens behind the first take exactly ceil(n / (num_steps + 1)) rounds."""
+    model = spec_compile(tiny_model("llama"), draft=tiny_model("llama"), num_steps=num_steps, compile="none")
+    model.generate(**left_padded(batch, PROMPT), max_new_tokens=40, do_sample=False)
+    assert model.spec.stats().rounds == math.ceil(39 / (num_steps + 1))
+
+
+def test_an_error_mid_way_loses_nothing_and_breaks_nothing(pair) -> None:
+    class Failing(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == PROMPT + 8:
+                raise RuntimeError("criterion failed")
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    inputs = left_padded(2, PROMPT)
+    plain = pair[0].generate(**inputs, max_new_tokens=8, do_sample=False)
+    with pytest.raises(RuntimeError, match="criterion failed"):
+        pair[1].generate(**inputs, max_new_tokens=20, do_sample=False, stopping_criteria=[Failing()])
+    assert torch.equal(pair[1].spec.partial_sequences(), plain)
+    assert_same(pair, inputs)
+
+
+def test_a_copy_and_moved_weights_run_plain(pair) -> None:
+    model = spec_compile(tiny_model("llama"), compile="none")
+    inputs = left_padded(2, PROMPT)
+    with pytest.warns(UserWarning, match="copy"):
+        twin = copy.deepcopy(model).generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(twin, pair[0].generate(**inputs, max_new_tokens=6, do_sample=False))
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight)
+    with model.spec.disable():
+        plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with pytest.warns(UserWarning, match="moved or replaced"):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (ConfigError, "num_steps=0", {"num_steps": 0}),
+        (ConfigError, "unknown options.*num_step", {"num_step": 3}),
+        (ConfigError, "compile='fast'", {"compile": "fast"}),
+        (BackendError, "'fa9' is not a provider.*torch", {"backend": "fa9"}),
+        (BackendError, "unknown stages", {"backend": {"decode": "torch"}}),
+        (DraftError, "neither 'ngram' nor", {"draft": "no/such-model"}),
+        (DraftError, "do not share a tokenizer", {"draft": "other vocabulary"}),
+    ],
+)
+def test_errors_name_argument_and_remedy(error: type[Exception], match: str, arguments: dict) -> None:
+    if arguments.get("draft") == "other vocabulary":
+        arguments = {"draft": tiny_model("llama", vocab_size=4096)}
+    model = tiny_model("llama")
+    with pytest.raises(error, match=match):
+        spec_compile(model, **{"compile": "none", **arguments})
+    assert not hasattr(model, "spec"), "a failed call leaves the model as it was"
+    with pytest.raises(ConfigError):
+        SpecConfig(min_ngram=5, max_ngram=4)
