@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     parser = build_parser()
     args = parser.parse_args(argv)
+    # Before torch loads its OpenMP: threads that wait by spinning take the cores from each other as soon as another process
+    # wants one too, and a forward then takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return args.run(args)
     except KeyboardInterrupt:

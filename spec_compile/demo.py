@@ -7,6 +7,7 @@ call in which something was still compiled is repeated, so that neither side's t
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -177,6 +178,8 @@ def run_demo(args: argparse.Namespace) -> int:
     dtype = resolve_dtype(args.dtype, device)
     model, tokenizer = load_demo_model(dtype, device)
     console.print(_header(DEMO_MODEL_NAME, device, dtype, args))
+    if device.type == "cpu" and (note := _busy_note()):
+        console.print(note)
 
     session = Session(model, args.seed, sampling_arguments(args.temperature))
     prompts = [DemoPrompt(f"prompt {i}", text) for i, text in enumerate(args.prompt or (), 1)] or list(DEMO_PROMPTS)
@@ -214,6 +217,15 @@ def _header(name: str, device: torch.device, dtype: torch.dtype, args: argparse.
         f"{name}, {str(dtype).removeprefix('torch.')} on {detect_hardware(device).name}, {decoding}, draft {args.draft}\n"
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     )
+
+
+def _busy_note() -> str | None:
+    """A line when other processes want the cores too, else None. Read before our own threads have counted."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores / 2:
+        return None
+    return f"Other processes use this machine (load {load:.1f} on {cores} cores): the times below will be unsteady."
 
 
 def _warm_up(

@@ -165,6 +165,13 @@ def test_demo_samples(tiny, capsys):
     assert "same distribution" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("load", "noted"), [(0.4, False), (3.0, True)])
+def test_a_busy_machine_is_said(monkeypatch, load, noted):
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert (demo._busy_note() is not None) == noted
+
+
 def test_built_in_prompts_are_used_without_a_prompt(tiny, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DEMO_PROMPTS", (demo.DemoPrompt("only one", "w1 w2"),))
     assert cli.main(["demo", *QUICK]) == 0
