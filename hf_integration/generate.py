@@ -6,6 +6,7 @@ before the loop (config merging, defaults, checks, ``num_return_sequences``) sta
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,7 +27,15 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 _PLAIN_LOOPS = {"_assisted_decoding": "assisted generation of transformers", "_beam_search": "beam search"}
-_KNOWN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer"}
+_KNOWN_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+    "tokenizer",
+}
 
 
 @dataclass
@@ -219,7 +228,17 @@ def bind_generate(
         plain = super(swapped, self)._sample
         return loop(self, plain, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
-    members: dict[str, object] = {"_sample": _sample}
+    def __reduce_ex__(self, protocol):
+        """Pickle the plain model: pools and graphs belong to this process, and no module holds the swapped class."""
+        return object.__new__, (cls,), {name: value for name, value in self.__dict__.items() if name != "spec"}
+
+    def __deepcopy__(self, memo):
+        """A copy keeps the class, so that it can say why its ``generate()`` runs plain."""
+        twin = memo[id(self)] = swapped.__new__(swapped)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    members: dict[str, object] = {"_sample": _sample, "__reduce_ex__": __reduce_ex__, "__deepcopy__": __deepcopy__}
     for name, what in _PLAIN_LOOPS.items():
         members[name] = _plain_loop(name, what, on_plain, lambda: swapped)
     # Same names: transformers and pipelines look models up by class name, and save_pretrained writes it.

@@ -1,0 +1,166 @@
+"""``model.spec``: what it reports, what an error leaves behind, and what a compiled model still is to everyone else."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from tiny import left_padded, tiny_model
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+
+from spec_compile import spec_compile
+
+PROMPT = 11
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A plain model and the same one compiled with n-gram drafts."""
+    model = spec_compile(tiny_model("llama"), draft="ngram", min_ngram=1, num_steps=3, compile="none", adaptive=False)
+    return tiny_model("llama"), model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Still the same model to everyone else
+
+
+def test_pickle_gives_the_plain_model(pair) -> None:
+    """``pickle`` and ``torch.save`` of a compiled model write the transformers model: nothing of ours is needed to load it."""
+    reference, model = pair
+    inputs = left_padded(2, PROMPT)
+    plain = reference.generate(**inputs, max_new_tokens=6, do_sample=False)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    written = pickle.dumps(model)
+    assert b"spec_compile" not in written
+    for twin in (pickle.loads(written), torch.load(file, weights_only=False)):
+        assert type(twin) is type(reference) and not hasattr(twin, "spec")
+        assert torch.equal(twin.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+    assert model.spec.stats().mode == "rounds", "writing a model down changes nothing about it"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests that run plain
+
+
+def _with_embeddings(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, object]:
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    return {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
+
+
+def _with_assistant(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, object]:
+    return {**inputs, "assistant_model": tiny_model("llama", seed=1)}
+
+
+def _with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, object]:
+    """A conversation goes on: all but the last two prompt tokens are in the caller's cache."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"][:, :-2], past_key_values=cache)
+    return {**inputs, "past_key_values": cache}
+
+
+@pytest.mark.parametrize(
+    ("request_of", "why"),
+    [(_with_embeddings, "inputs_embeds"), (_with_assistant, "assisted generation"), (_with_cache, "past_key_values")],
+)
+def test_requests_that_run_plain_say_so_once(pair, request_of, why: str) -> None:
+    reference, model = pair
+    inputs = left_padded(1, PROMPT)
+    plain = reference.generate(**request_of(reference, inputs), max_new_tokens=6, do_sample=False)
+    with pytest.warns(UserWarning, match=rf"runs as plain transformers: .*{why}"):
+        ours = model.generate(**request_of(model, inputs), max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours, plain) and model.spec.stats().mode == "plain"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**request_of(model, inputs), max_new_tokens=6, do_sample=False)
+        model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert model.spec.stats().mode == "rounds", "the next ordinary call is accelerated again"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def test_explain_names_provider_graph_and_reason(pair) -> None:
+    model = pair[1]
+    model.generate(**left_padded(3, PROMPT), max_new_tokens=6, do_sample=False)
+    text = model.spec.explain()
+    assert re.search(r"^draft: ngram, 3 tokens a round$", text, re.M)
+    assert "target graph: prefill" in text and "target graph: verify, 3 rows × 4 tokens" in text
+    line = next(line for line in text.splitlines() if "(attention," in line)
+    assert re.search(r"2 layers of 0–1 .*4/2 heads × 16, float32.*: torch \(first of torch on cpu\)$", line), line
+
+
+def test_explain_names_the_layers_that_differ() -> None:
+    """Layers that need different things of a kernel are told apart: gpt-oss's sliding and full ones, and its sinks."""
+    model = spec_compile(tiny_model("gpt_oss"), compile="none")
+    lines = [line for line in model.spec.explain().splitlines() if "prefill_attention," in line]
+    assert len(lines) == 2
+    assert "layer 0 " in lines[0] and "window 16" in lines[0] and "sinks" in lines[0]
+    assert "layer 1 " in lines[1] and "window" not in lines[1] and "sinks" in lines[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors mid-way
+
+
+class Collector:
+    """A streamer that keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.columns.append(value if value.dim() == 2 else value[:, None])
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class FailsAt(LogitsProcessor):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self.length:
+            raise RuntimeError("processor failed")
+        return scores
+
+
+def test_a_processor_that_raises_loses_no_token(pair) -> None:
+    """The exception reaches the caller, streamer and ``partial_sequences()`` have every token shown, the next call works."""
+    reference, model = pair
+    inputs, streamer = left_padded(1, PROMPT), Collector()
+    plain = reference.generate(**inputs, max_new_tokens=9, do_sample=False)
+    with pytest.raises(RuntimeError, match="processor failed"):
+        model.generate(**inputs, max_new_tokens=20, do_sample=False, logits_processor=[FailsAt(PROMPT + 9)], streamer=streamer)
+    assert torch.equal(torch.cat(streamer.columns, 1), plain) and not streamer.ended
+    assert torch.equal(model.spec.partial_sequences(), plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=9, do_sample=False), plain)
+
+
+def test_a_streamer_that_raises_loses_no_token(pair) -> None:
+    """Ctrl-C arrives wherever it likes, here in the streamer's hands: what was made is still there."""
+    reference, model = pair
+
+    class Interrupted(Collector):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.columns) == 8:
+                raise KeyboardInterrupt
+
+    inputs = left_padded(1, PROMPT)
+    plain = reference.generate(**inputs, max_new_tokens=7, do_sample=False)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, max_new_tokens=20, do_sample=False, streamer=Interrupted())
+    assert torch.equal(model.spec.partial_sequences(), plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=7, do_sample=False), plain)
