@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ def histogram(results: Sequence[PromptResult]) -> Text:
     most = max(counts.values())
     lines = []
     for length in range(1, max(counts) + 1):
-        bar = "█" * math.ceil(counts[length] / most * _BAR - 0.5)
+        bar = "█" * round(counts[length] / most * _BAR) or "▏" * min(1, counts[length])
         lines.append(f"{length:3d}  {bar} {counts[length]}")
     return Text("\n".join(lines))
 
