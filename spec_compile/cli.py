@@ -7,10 +7,11 @@ about it to stderr. torch and transformers are imported only by the command that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from spec_compile.errors import ConfigError, SpecCompileError
@@ -164,6 +165,21 @@ def _temperature(text: str) -> float:
 # What the commands share
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only from transformers inside the block; its verbosity and progress bars are as before after it."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
 def resolve_device(name: str) -> torch.device:
     """The torch device a user named.
 
@@ -250,13 +266,16 @@ def _run_doctor(args: argparse.Namespace) -> int:
 
 def _run_generate(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt)
+    with quiet_transformers():
+        return _generate(args, prompt)
+
+
+def _generate(args: argparse.Namespace, prompt: str) -> int:
     import torch
     from transformers import TextStreamer
-    from transformers.utils import logging as hf_logging
 
     from spec_compile import spec_compile
 
-    hf_logging.set_verbosity_error()
     device = resolve_device(args.device)
     model, tokenizer = _load(args.model, resolve_dtype(args.dtype, device), device)
     inputs = encode_prompt(tokenizer, prompt, args.model is None if args.chat is None else args.chat, device)

@@ -165,6 +165,13 @@ def run_demo(args: argparse.Namespace) -> int:
     Raises:
         SpecCompileError: the model cannot be had or compiled; see ``load_demo_model`` and ``spec_compile``.
     """
+    from spec_compile.cli import quiet_transformers
+
+    with quiet_transformers():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging as hf_logging
 
@@ -173,7 +180,6 @@ def run_demo(args: argparse.Namespace) -> int:
     from spec_compile.hf_integration.demo_model import DEMO_MODEL_NAME, load_demo_model
 
     console = Console(no_color=args.no_color or None, highlight=False, markup=False)
-    hf_logging.set_verbosity_error()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     model, tokenizer = load_demo_model(dtype, device)
@@ -185,6 +191,8 @@ def run_demo(args: argparse.Namespace) -> int:
     prompts = [DemoPrompt(f"prompt {i}", text) for i, text in enumerate(args.prompt or (), 1)] or list(DEMO_PROMPTS)
     encoded = [encode_prompt(tokenizer, prompt.text, True, device) for prompt in prompts]
     _warm_up(console, session, encoded, args, resolve_compile(args.compile, device))
+
+    hf_logging.disable_progress_bar()  # nothing takes long from here on, and a bar would tear the live text
 
     console.print(legend(uses_colour(console)))
     results: list[PromptResult] = []

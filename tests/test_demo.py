@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_cli import word_model, word_tokenizer
+from transformers.utils import logging as hf_logging
 
 from spec_compile import cli, demo, demo_report
 from spec_compile.demo_report import PromptResult
@@ -146,6 +147,7 @@ def test_demo_compares_and_agrees(tiny, capsys):
     assert text.count("prompt 1") == text.count("prompt 2") == 3  # heading, table, verdict
     assert "Every token equals plain generate()'s." in text
     assert "Cold start" in text and "[bracketed]" in text
+    assert hf_logging.is_progress_bar_enabled(), "the caller's progress bars were left off"
 
 
 def test_demo_fails_when_float32_tokens_differ(tiny, monkeypatch, capsys):
