@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import spec_compile.ops
 from spec_compile.hardware import Hardware
@@ -84,9 +87,7 @@ class SegmentCompiler:
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
             candidates = [
-                torch._inductor.compile(
-                    copy.deepcopy(segment), examples, options={"post_grad_custom_pre_pass": salt, **options}
-                )
+                _compile(copy.deepcopy(segment), examples, {"post_grad_custom_pre_pass": salt, **options})
                 for options in _inductor_options(self.hardware, single_token)
             ]
             if len(candidates) > 1:
@@ -94,6 +95,13 @@ class SegmentCompiler:
             self.artifacts[key] = candidates[0]
             self.seconds += time.perf_counter() - start
         return self.artifacts[key]
+
+
+def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:
+    """``torch._inductor.compile`` with its disk cache: torch bypasses that unless a tracing context has a shape environment."""
+    mode = detect_fake_mode(examples) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with tracing(TracingContext(mode)):
+        return torch._inductor.compile(segment, examples, options=options)
 
 
 def _is_row_index(arg: object) -> bool:
