@@ -42,7 +42,7 @@ def engine_for(
 ) -> Engine:
     """What ``spec_compile()`` builds, on any hardware's terms. ``draft`` is ``"ngram"``, ``"perfect"`` (the target once more)
     or ``"similar"`` (right some of the time). Shared between tests: admitting a request starts afresh."""
-    config = SpecConfig(compile="none", cuda_graphs=False, page_size=16, min_ngram=1, num_steps=num_steps)
+    config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, min_ngram=1, num_steps=num_steps)
     compiler = SegmentCompiler(config.compile, hardware)
 
     def make_runner(module: PreTrainedModel, stage: str = "draft") -> ModelRunner:
