@@ -44,6 +44,11 @@ def empty_caches(graph: StageGraph, model: PreTrainedModel, rows: int, pages: in
     return caches
 
 
+def random_ids(rows: int, length: int) -> Tensor:
+    """By Python's generator: building a model seeds torch's."""
+    return torch.tensor([random.choices(range(3, 96), k=length) for _ in range(rows)])
+
+
 def table(rows: int, pages: int) -> Tensor:
     return torch.arange(1, rows * pages + 1, dtype=torch.int32).view(rows, pages)
 
@@ -56,7 +61,7 @@ def table(rows: int, pages: int) -> Tensor:
 def test_captured_windows_compute_the_models_logits(family: str):
     """A prompt of 20 tokens through two windows, past the sliding window of 16, against one plain forward."""
     model, rows = tiny_model(family), 2
-    ids = torch.randint(3, 96, (rows, 30))
+    ids = random_ids(rows, 30)
     with torch.no_grad():
         expected = model(ids).logits
     graph = capture_window(model, rows, 10, "verify")
@@ -79,7 +84,7 @@ def test_one_prefill_graph_serves_every_packed_length(family: str):
     model = tiny_model(family)
     graph = stage(capture_prefill(model))
     for lengths in ([24], [1], [1, 2], [5, 31, 1, 17], [40]):
-        prompts = [torch.randint(3, 96, (1, n)) for n in lengths]
+        prompts = [random_ids(1, n) for n in lengths]
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         (logits, *_) = run(
             graph,
@@ -180,7 +185,7 @@ def test_a_capture_leaves_no_trace(attention: str, training: bool):
     model = tiny_model("llama", num_hidden_layers=1)
     model.set_attn_implementation(attention)
     model.train(training)
-    ids = torch.randint(3, 96, (2, 7))
+    ids = random_ids(2, 7)
     before, logits = snapshot(model), model(ids).logits
     capture_window(model, 2, 3, "verify")
     capture_prefill(model)

@@ -25,6 +25,13 @@ from spec_compile.runtime.program import CacheSalt, CompiledSegment, _compile, s
 BATCH, NEW_TOKENS = 2, 20
 
 
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    random.seed(seed)
+
+
 def compiled(num_layers: int) -> PreTrainedModel:
     model = tiny_model("llama", num_hidden_layers=num_layers)
     return spec_compile(model, draft="ngram", min_ngram=1, num_steps=3, adaptive=False, compile="inductor", progress=False)
