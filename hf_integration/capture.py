@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
-from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context
+from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context, layer_windows
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
@@ -49,6 +49,10 @@ def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dy
     input_ids = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
     position_ids = torch.arange(num_tokens, device=device).expand(batch, -1).contiguous()
     captured: list[StageGraph] = []
+    try:
+        layer_windows(model.config.get_text_config(decoder=True))
+    except CaptureError as error:
+        raise CaptureError(_message(model, str(error))) from error
     was_training = model.training
     model.eval()
     try:
