@@ -74,6 +74,8 @@ def tiny_model(family: str, seed: int = 0, device: str = "cpu", **overrides: obj
                 parameter.normal_(0, 0.12)
             elif family == "gpt_oss" and parameter.shape == (config.num_attention_heads,):
                 parameter.normal_(0, 1.0)  # sinks that matter
+        if family.startswith("gemma"):  # tied and scaled by sqrt(hidden_size): larger ones only repeat the last token
+            model.get_input_embeddings().weight.normal_(0, 0.02)
     model.generation_config.eos_token_id = None
     return model.to(device)
 
