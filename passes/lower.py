@@ -1,14 +1,23 @@
-"""Pass 5: provider ops in, generic ops out.
+"""Pass 5: provider ops in, generic ops out; what a provider computes once per graph, computed once.
 
-Needs: ``select_backend`` has run. Leaves true: no generic attention op is in the graph.
+Needs: ``select_backend`` has run. Leaves true: no generic attention op is in the graph; a plan op stands before the first
+attention op that uses it and carries ``meta["plan"]``, as do the nodes that unpack it.
 """
 
 from __future__ import annotations
 
+import operator
+
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
 from spec_compile.errors import BackendError
 from spec_compile.ops import providers
-from spec_compile.passes.graph import StageGraph, finish
+from spec_compile.ops.providers import Lowered
+from spec_compile.passes.graph import StageGraph, fake, finish
 from spec_compile.passes.select_backend import attention_nodes
+
+Plans = dict[tuple, tuple[fx.Node, ...]]  # (plan op, row arguments, constants) -> the nodes of its outputs
 
 
 def lower(graph: StageGraph) -> StageGraph:
@@ -17,13 +26,38 @@ def lower(graph: StageGraph) -> StageGraph:
     Raises:
         BackendError: a node has no provider, or a provider handed back the generic op.
     """
+    plans: Plans = {}
     for node in attention_nodes(graph):
         name = node.meta.get("provider")
         if name is None:
             raise BackendError(f"attention node {node.name} of the {graph.stage} graph has no provider; run select_backend.")
-        node.target = providers.load(name).lower(node.meta["attention_node"])
+        lowered = providers.as_lowered(providers.load(name).lower(node.meta["attention_node"]))
+        node.target = lowered.op
+        if lowered.plan is not None:
+            node.args = (*node.args, *_plan_outputs(node, lowered, plans))
     left = attention_nodes(graph)
     if left:
         raise BackendError(f"generic attention ops are left in the {graph.stage} graph: {[n.name for n in left]}.")
-    graph.note("lower: every attention node is a provider's op")
+    shared = f", {len(plans)} planned once for all layers" if plans else ""
+    graph.note(f"lower: every attention node is a provider's op{shared}")
     return finish(graph)
+
+
+def _plan_outputs(node: fx.Node, lowered: Lowered, plans: Plans) -> tuple[fx.Node, ...]:
+    """The outputs of ``lowered``'s plan; computed before ``node`` if it is the first to need them."""
+    rows = lowered.row_arguments(node.args)
+    key = (lowered.plan, rows, tuple((type(arg), arg) for arg in lowered.plan_args))  # 1 == 1.0 == True
+    if key not in plans:
+        graph = node.graph
+        with graph.inserting_before(node):
+            call = graph.call_function(lowered.plan, (*rows, *lowered.plan_args))
+            fakes = [fake(arg) if isinstance(arg, fx.Node) else arg for arg in call.args]
+            with detect_fake_mode(fakes):
+                value = lowered.plan(*fakes)
+            call.meta |= {"example_value": value, "plan": True}
+            plans[key] = (call,)
+            if not isinstance(value, Tensor):
+                plans[key] = tuple(graph.call_function(operator.getitem, (call, i)) for i in range(len(value)))
+                for output, tensor in zip(plans[key], value, strict=True):
+                    output.meta |= {"example_value": tensor, "plan": True}
+    return plans[key]

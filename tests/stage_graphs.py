@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spec_compile.ops.attention  # noqa: F401 (registers the ops)
+from spec_compile.ops.providers import AttentionNode, Lowered
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, placeholders
 
 
@@ -140,3 +141,94 @@ def mla_inputs(batch: int = 2, num_tokens: int = 3, heads: int = 4, latent: int 
         "page_table": Input("page_table", torch.zeros(batch, 1, dtype=torch.int32)),
         "cache_len": Input("cache_len", torch.zeros(batch, dtype=torch.int32)),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A provider with a plan
+
+
+@torch.library.custom_op("spec_compile_tests::plan", mutates_args=())
+def plan(page_table: Tensor, cache_len: Tensor, tree_mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+    """The first visible slot of each row, int32 [B], and how many are visible."""
+    first = (cache_len - window + 1).clamp(min=0) if window else torch.zeros_like(cache_len)
+    return first, cache_len - first
+
+
+@plan.register_fake
+def _(page_table, cache_len, tree_mask, window):
+    return torch.empty_like(cache_len), torch.empty_like(cache_len)
+
+
+@torch.library.custom_op("spec_compile_tests::count", mutates_args=())
+def count(page_table: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Prompt lengths: a plan with one output, over packed prompts."""
+    return cu_seqlens.diff()
+
+
+@count.register_fake
+def _(page_table, cu_seqlens):
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1)
+
+
+@torch.library.custom_op("spec_compile_tests::planned_attention", mutates_args=("k_cache", "v_cache"))
+def planned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    first: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """``attention`` that believes its plan: the lengths are ``first + visible``, not ``cache_len``."""
+    out = torch.ops.spec_compile.attention(
+        q, k, v, k_cache, v_cache, page_table, first + visible, tree_mask, scale, window, softcap, sinks
+    )
+    return out * (first + 1).to(out.dtype)[:, None, None, None]
+
+
+@planned_attention.register_fake
+def _(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, first, visible):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("spec_compile_tests::planned_prefill", mutates_args=("k_cache", "v_cache"))
+def planned_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    lengths: Tensor,
+) -> Tensor:
+    """``prefill_attention`` whose boundaries come from its plan."""
+    bounds = torch.cat([cu_seqlens[:1], lengths.cumsum(0).to(cu_seqlens.dtype)])
+    return torch.ops.spec_compile.prefill_attention(
+        q, k, v, k_cache, v_cache, page_table, bounds, scale, window, softcap, sinks
+    )
+
+
+@planned_prefill.register_fake
+def _(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks, lengths):
+    return q.new_empty(*q.shape[:2], v.shape[2])
+
+
+def planning(node: AttentionNode) -> Lowered:
+    """``lower`` of a provider whose layers share a plan by their window."""
+    ops = torch.ops.spec_compile_tests
+    if node.op == "prefill_attention":
+        return Lowered(ops.planned_prefill.default, ops.count.default)
+    return Lowered(ops.planned_attention.default, ops.plan.default, (node.window,))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from stage_graphs import attention_inputs, find, mla_inputs, names, run, stage_graph
+from stage_graphs import attention_inputs, find, mla_inputs, names, planning, run, stage_graph
 
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import Availability, torch_sdpa
+from spec_compile.ops.providers import Availability, Lowered, as_lowered, torch_sdpa
 from spec_compile.passes.graph import StageGraph
 from spec_compile.passes.lower import lower
 from spec_compile.passes.select_backend import select_backend
@@ -123,3 +124,100 @@ def test_the_generic_op_is_also_recognised_as_an_overload(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch_sdpa, "lower", lambda node: torch.ops.spec_compile.attention.default)
     with pytest.raises(BackendError, match="generic attention ops are left"):
         lower(graph)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def five_layers(q, k, v, k_cache, v_cache, page_table, cache_len):
+    """Windows 3, 0, 3, 0, 0."""
+    out = q
+    for window in (3, 0, 3, 0, 0):
+        out = torch.ops.spec_compile.attention(out, k, v, k_cache, v_cache, page_table, cache_len, None, 0.3, window, 0.0, None)
+    return out
+
+
+def planned(graph: StageGraph, monkeypatch: pytest.MonkeyPatch) -> StageGraph:
+    """``graph`` lowered to ops that need plans."""
+    monkeypatch.setattr(torch_sdpa, "lower", planning)
+    select_backend(graph, CPU, "auto", 64)
+    return lower(graph)
+
+
+def values(batch: int = 2) -> dict:
+    return {
+        "q": torch.randn(batch, 3, 4, 8),
+        "k": torch.randn(batch, 3, 2, 8),
+        "v": torch.randn(batch, 3, 2, 8),
+        "page_table": torch.tensor([[2, 4], [3, 1]], dtype=torch.int32)[:batch],
+        "cache_len": torch.tensor([4, random.randrange(5)], dtype=torch.int32)[:batch],
+    }
+
+
+def test_layers_of_equal_plans_share_one_computed_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch):
+    graph = planned(stage(stage_graph(five_layers, "verify", **attention_inputs(batch=2, num_tokens=3))), monkeypatch)
+    unpacked = ["plan", "getitem", "getitem"]
+    assert names(graph) == [*unpacked, "planned_attention", *unpacked, *["planned_attention"] * 4]
+    layers, plans = find(graph, "planned_attention"), find(graph, "plan")
+    assert [plan.args[-1] for plan in plans] == [3, 0]
+    assert [[plans.index(output.args[0]) for output in layer.args[-2:]] for layer in layers] == [
+        [0, 0], [1, 1], [0, 0], [1, 1], [1, 1],
+    ]  # fmt: skip
+    assert all([output.args[1] for output in layer.args[-2:]] == [0, 1] for layer in layers)
+    assert all(output.meta["example_value"].shape == (2,) for output in find(graph, "getitem"))
+    assert graph.report[-1] == "lower: every attention node is a provider's op, 2 planned once for all layers"
+
+
+def test_a_planned_graph_computes_what_its_layers_compute_alone(monkeypatch: pytest.MonkeyPatch):
+    inputs, caches = values(), {(0, part): torch.randn(5, 4, 2, 8) for part in "kv"}
+    graph = planned(stage(stage_graph(five_layers, "verify", **attention_inputs(batch=2, num_tokens=3))), monkeypatch)
+    ops = torch.ops.spec_compile_tests
+    expected, expected_caches = inputs["q"], {key: cache.clone() for key, cache in caches.items()}
+    for window in (3, 0, 3, 0, 0):
+        alone = Lowered(ops.planned_attention.default, ops.plan.default, (window,))
+        rows = (inputs["page_table"], inputs["cache_len"], None)
+        expected = alone(expected, inputs["k"], inputs["v"], *expected_caches.values(), *rows, 0.3, window, 0.0, None)
+
+    (out,) = run(graph, caches, **inputs)
+
+    assert torch.equal(out, expected)
+    assert all(torch.equal(caches[key], expected_caches[key]) for key in caches)
+
+
+def test_a_plan_reads_the_tree_mask_of_a_tree(monkeypatch: pytest.MonkeyPatch):
+    graph = stage(stage_graph(two_layers, "verify", **attention_inputs(batch=2, num_tokens=3)), tree=True)
+    planned(graph, monkeypatch)
+    assert [[str(a) for a in plan.args[:3]] for plan in find(graph, "plan")] == [["page_table", "cache_len", "tree_mask"]] * 2
+
+
+def test_a_prefill_plan_with_one_output_reads_the_prompts_boundaries(monkeypatch: pytest.MonkeyPatch):
+    graph = stage(stage_graph(two_layers, "prefill", **attention_inputs(batch=1, num_tokens=3)))
+    inputs = values(1) | {"cu_seqlens": torch.tensor([0, 2, 3], dtype=torch.int32)}
+    inputs["page_table"] = torch.tensor([[2], [1]], dtype=torch.int32)
+    del inputs["cache_len"]
+    caches = {(0, part): torch.randn(5, 4, 2, 8) for part in "kv"}
+    (expected,) = run(graph, {key: cache.clone() for key, cache in caches.items()}, **inputs)
+
+    planned(graph, monkeypatch)
+
+    (plan,) = find(graph, "count")
+    assert [str(a) for a in plan.args] == ["page_table", "cu_seqlens"]
+    assert all(layer.args[-1] is plan for layer in find(graph, "planned_prefill"))
+    assert torch.equal(run(graph, caches, **inputs)[0], expected)
+
+
+def test_constants_that_compare_equal_are_not_one_plan(monkeypatch: pytest.MonkeyPatch):
+    """``True == 1``, but a plan may tell them apart."""
+    graph = stage(stage_graph(two_layers, "verify", **attention_inputs(batch=2, num_tokens=3)))
+    monkeypatch.setattr(torch_sdpa, "lower", lambda node: replace(planning(node), plan_args=(True if node.window else 1,)))
+    select_backend(graph, CPU, "auto", 64)
+    assert [plan.args[-1] for plan in find(lower(graph), "plan")] == [True, 1]
+
+
+def test_a_bare_op_is_lowered_without_a_plan():
+    op = torch.ops.spec_compile.attention_torch.default
+    assert as_lowered(op) == Lowered(op) and as_lowered(Lowered(op)) == Lowered(op)
+    inputs, caches = values(), [torch.randn(5, 4, 2, 8) for _ in range(2)]
+    args = (*(inputs[n] for n in "qkv"), *caches, inputs["page_table"], inputs["cache_len"], None, 0.3, 0, 0.0, None)
+    assert torch.equal(Lowered(op)(*args), op(*args))

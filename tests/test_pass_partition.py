@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from stage_graphs import Input, bindings, find, names, parameter, run, stage_graph
+from stage_graphs import Input, bindings, find, names, parameter, planning, run, stage_graph
 from torch import Tensor, fx
 
 from spec_compile.hardware import Hardware
+from spec_compile.ops.providers import torch_sdpa
 from spec_compile.passes.graph import CacheSlot, StageGraph, placeholders
 from spec_compile.passes.lower import lower
 from spec_compile.passes.partition import partition, segment_key
@@ -32,8 +33,11 @@ def fresh_seed() -> None:
     random.seed(seed)
 
 
-def deep_model(depth: int, window: int = 0) -> StageGraph:
-    """A miniature of what capture makes of a model of ``depth`` equal layers, lowered."""
+def deep_model(depth: int, window: int = 0, every: int = 1) -> StageGraph:
+    """A miniature of what capture makes of a model of ``depth`` equal layers, lowered.
+
+    Every ``every``-th layer slides over ``window`` tokens.
+    """
 
     def model(x, table, lens, head, **layers):
         h = x + 1
@@ -41,7 +45,8 @@ def deep_model(depth: int, window: int = 0) -> StageGraph:
             w, k_cache, v_cache = (layers[f"{part}{i}"] for part in ("w", "k_cache", "v_cache"))
             q = F.linear(h * 0.5, w).unflatten(-1, (HEADS, DIM))
             caches = (k_cache, v_cache, table, lens)
-            out = torch.ops.spec_compile.attention(q, q, q + 1, *caches, None, 0.5, window, 0.0, None)
+            slides = window if i % every == 0 else 0
+            out = torch.ops.spec_compile.attention(q, q, q + 1, *caches, None, 0.5, slides, 0.0, None)
             h = h + F.silu(out.flatten(2))
         return F.linear(torch.relu(h), head)
 
@@ -154,6 +159,39 @@ def test_attention_ops_may_stand_first_last_and_side_by_side():
     expected = run(graph, caches(2), **inputs)
     out = run(partition(graph), caches(2), **inputs)
     assert names(graph) == [ATTENTION, ATTENTION] and torch.equal(out[0], expected[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch provider's layers need plans, one for each window."""
+    monkeypatch.setattr(torch_sdpa, "lower", planning)
+
+
+@pytest.mark.parametrize("depth,every,kinds", [(1, 1, 1), (5, 1, 1), (5, 2, 2), (4, 3, 2)])
+def test_plans_stand_in_the_top_graph_and_leave_the_segments_alone(depth: int, every: int, kinds: int, planned: None):
+    graph = deep_model(depth, window=4, every=every)
+    inputs, before, after = values(), caches(depth), caches(depth)
+    expected = run(graph, before, **inputs)
+
+    cut = partition(graph)
+
+    assert len(find(cut, "plan")) == kinds and len(find(cut, "planned_attention")) == depth
+    assert len(segments(cut)) == depth + 1 and len(set(keys(cut))) == min(3, depth + 1)
+    assert not any("plan" in str(n.target) for segment in segments(cut) for n in segment.graph.nodes)
+    plans = [n for n in cut.gm.graph.nodes if "plan" in n.meta]
+    assert all(user in plans or user in find(cut, "planned_attention") for node in plans for user in node.users)
+    assert torch.equal(run(cut, after, **inputs)[0], expected[0])
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_model_with_plans_has_the_segments_of_one_without(monkeypatch: pytest.MonkeyPatch):
+    plain = keys(partition(deep_model(4)))
+    monkeypatch.setattr(torch_sdpa, "lower", planning)
+    assert keys(partition(deep_model(4))) == plain
 
 
 # ----------------------------------------------------------------------------------------------------------------------

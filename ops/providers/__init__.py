@@ -1,7 +1,10 @@
 """Kernel providers: who can run an attention node, and with which op.
 
-A provider is a module with four functions (see ``Provider``). Nothing of a provider's dependencies is imported before
-``probe()``. ``PROVIDERS`` lists their module names in no order of preference; preference is the selection pass's business.
+A provider is a module with four functions (see ``Provider``). What depends on a graph's lengths and page tables alone, not
+on a layer, can be computed once for all layers by a plan op (see ``Lowered``).
+
+Nothing of a provider's dependencies is imported before ``probe()``. ``PROVIDERS`` lists their module names in no order of
+preference; preference is the selection pass's business.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from spec_compile.hardware import Hardware
 
@@ -51,6 +55,45 @@ class Availability:
         return self.problem is None
 
 
+# The arguments of an attention op that belong to the rows of the batch, not to a layer.
+ROW_ARGUMENTS = ("page_table", "cache_len", "cu_seqlens", "tree_mask")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What takes a generic attention op's place.
+
+    Attributes:
+        op: the generic op's arguments, then the plan's outputs.
+        plan: called as ``plan(*row_arguments, *plan_args)`` before the first layer that needs it; layers of equal ``plan``,
+            ``plan_args`` and row arguments share its outputs, one tensor or a tuple of tensors. Functional, without host
+            sync where its graph is captured. Row arguments, in this order: ``page_table, cache_len, tree_mask`` of a window
+            op (``tree_mask`` None for a chain), ``page_table, cu_seqlens`` of a prefill op.
+        plan_args: ints, floats and bools.
+    """
+
+    op: torch._ops.OpOverload
+    plan: torch._ops.OpOverload | None = None
+    plan_args: tuple[int | float | bool, ...] = ()
+
+    def row_arguments(self, args: tuple) -> tuple:
+        """Those of the generic op's ``args`` that the plan takes."""
+        names = [argument.name for argument in self.op._schema.arguments]
+        return tuple(arg for name, arg in zip(names, args, strict=False) if name in ROW_ARGUMENTS)
+
+    def __call__(self, *args: object) -> Tensor:
+        """One call of the generic op, planned for itself alone: for warming up, testing and timing."""
+        if self.plan is None:
+            return self.op(*args)
+        planned = self.plan(*self.row_arguments(args), *self.plan_args)
+        return self.op(*args, *((planned,) if isinstance(planned, Tensor) else planned))
+
+
+def as_lowered(result: torch._ops.OpOverload | Lowered) -> Lowered:
+    """What ``Provider.lower`` returned, with a bare op as ``Lowered``."""
+    return result if isinstance(result, Lowered) else Lowered(result)
+
+
 class Provider(Protocol):
     """What a provider module offers. See ``torch_sdpa.py`` for the smallest one."""
 
@@ -62,8 +105,8 @@ class Provider(Protocol):
     def supports(self, node: AttentionNode, hardware: Hardware) -> str | None:
         """None when the provider can run this node on this hardware, otherwise the reason why not."""
 
-    def lower(self, node: AttentionNode) -> torch._ops.OpOverload:
-        """The op that takes the generic op's place, with the same arguments."""
+    def lower(self, node: AttentionNode) -> torch._ops.OpOverload | Lowered:
+        """The op that takes the generic op's place: with the same arguments, or with a plan's outputs behind them."""
 
     def warm_up(self, node: AttentionNode, device: torch.device) -> None:
         """Build whatever must exist before CUDA-graph capture (JIT modules, autotuning)."""
