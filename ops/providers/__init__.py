@@ -41,6 +41,7 @@ class AttentionNode:
     is_tree: bool
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    max_context: int | None = None  # most slots of a row, its window included; None before a pool exists
 
 
 @dataclass(frozen=True)
