@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops.providers.examples import example_arguments
 
 NAME = "triton"
 
@@ -57,43 +58,14 @@ def lower(node: AttentionNode) -> torch._ops.OpOverload:
 
 
 def warm_up(node: AttentionNode, device: torch.device) -> None:
-    """Compile the kernels of ``node`` and make the arrival counters, so that capture meets neither.
-
-    The tensors are views of one fused projection, as in a model: Triton specializes on the divisibility of strides.
-    """
+    """Compile the kernels of ``node`` and make the arrival counters, so that capture meets neither."""
     from spec_compile.ops.kernels.attention_decode import COUNTERS
 
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     COUNTERS.prepare(device)
-    batch, tokens = node.batch or 1, node.num_tokens or 16
-    hq, hkv, d, dv = node.num_q_heads, node.num_kv_heads, node.head_dim, node.v_head_dim
-    lead = (batch, tokens) if node.op in ("attention", "mla_attention") else (batch * tokens,)
-    pages = -(-tokens // node.page_size) + 1
-    table = torch.zeros(batch, pages, dtype=torch.int32, device=device)  # page 0 is nobody's
-    scale = d**-0.5
-    if len(lead) == 2:
-        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        mask = torch.full((batch, tokens, -(-tokens // 32)), 1, dtype=torch.int32, device=device)
-        row_args = (table, lengths, mask if node.is_tree else None, scale)
-    else:
-        row_args = (table, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens, scale)
-    if node.op in ("mla_attention", "mla_prefill_attention"):
-        q = torch.zeros(*lead, hq, d, dtype=node.dtype, device=device)
-        kv = torch.zeros(*lead, d, dtype=node.dtype, device=device)
-        cache = torch.zeros(1, node.page_size, d, dtype=node.kv_dtype, device=device)
-        lower(node)(q, kv, cache, *row_args, dv)
-        return
-    fused = torch.zeros(*lead, (hq + hkv) * d + hkv * dv, dtype=node.dtype, device=device)
-    q, k, v = fused.split([hq * d, hkv * d, hkv * dv], dim=-1)
-    k_cache = torch.zeros(1, node.page_size, hkv, d, dtype=node.kv_dtype, device=device)
-    v_cache = torch.zeros(1, node.page_size, hkv, dv, dtype=node.kv_dtype, device=device)
-    sinks = torch.zeros(hq, dtype=node.dtype, device=device) if node.has_sinks else None
-    lower(node)(
-        q.unflatten(-1, (hq, d)), k.unflatten(-1, (hkv, d)), v.unflatten(-1, (hkv, dv)), k_cache, v_cache,
-        *row_args, node.window, node.softcap, sinks,
-    )  # fmt: skip
+    lower(node)(*example_arguments(node, device))
 
 
 @functools.cache
