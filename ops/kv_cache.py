@@ -1,9 +1,9 @@
-"""Paged key/value caches: writing a window behind a row, and keeping only the accepted path of a token tree.
+"""Paged key/value caches: writing a window behind a row or whole prompts, and keeping only the accepted path of a token tree.
 
-Shapes: B rows, N window tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots, M pages a row can
-hold. A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``; page 0 is
-nobody's page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0 too,
-never to a live one.
+Shapes: B rows, N window tokens, T packed prompt tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots,
+M pages a row can hold. A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``;
+page 0 is nobody's page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0
+too, never to a live one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from spec_compile.ops.attention import packed_rows
 
 
 def _window_places(page_table: Tensor, cache_len: Tensor, slot: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,36 @@ def kv_write_cuda(k, v, k_cache, v_cache, page_table, cache_len) -> None:
     from spec_compile.ops.kernels import round_ops  # here, so that machines without Triton can import this module
 
     round_ops.kv_write(k, v, k_cache, v_cache, page_table, cache_len)
+
+
+@torch.library.custom_op("spec_compile::kv_write_packed", mutates_args=("k_cache", "v_cache"))
+def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:
+    """Write packed prompts' keys and values, each prompt from its row's slot 0.
+
+    Args:
+        k: [T, Hkv, D]; v: [T, Hkv, Dv]. Any strides with a contiguous last dim.
+        k_cache: [P, page_size, Hkv, D], written; v_cache: [P, page_size, Hkv, Dv], written. Contiguous.
+        page_table: int32 [B, M].
+        cu_seqlens: int32 [B + 1], prompt boundaries; tokens past the last prompt belong to it.
+    """
+    row, position = packed_rows(cu_seqlens, k.shape[0])
+    page_size, columns = k_cache.shape[1], page_table.shape[1]
+    page = page_table.long()[row, (position // page_size).clamp(max=columns - 1)]
+    page = page.masked_fill(position >= columns * page_size, 0)
+    k_cache[page, position % page_size] = k.to(k_cache.dtype)
+    v_cache[page, position % page_size] = v.to(v_cache.dtype)
+
+
+@kv_write_packed.register_fake
+def kv_write_packed_fake(k, v, k_cache, v_cache, page_table, cu_seqlens) -> None:
+    return None
+
+
+@kv_write_packed.register_kernel("cuda")
+def kv_write_packed_cuda(k, v, k_cache, v_cache, page_table, cu_seqlens) -> None:
+    from spec_compile.ops.kernels import kv_write_packed as kernel
+
+    kernel.kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens)
 
 
 @torch.library.custom_op("spec_compile::kv_commit", mutates_args=("caches",))

@@ -1,4 +1,4 @@
-"""kv_write and kv_commit against loops: what each slot must hold afterwards, and that nothing else moved."""
+"""kv_write, kv_write_packed and kv_commit against loops: what each slot must hold afterwards, and that nothing else moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from spec_compile.ops.kv_cache import kv_commit, kv_write
+from spec_compile.ops.kv_cache import kv_commit, kv_write, kv_write_packed
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,39 @@ def test_kv_write_takes_views():
     assert_same(caches[0], copies[0])
     assert_same(caches[1], copies[1])
     assert caches[0].abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kv_write_packed
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+def test_kv_write_packed(page_size, cache_dtype):
+    lengths = [random.randrange(1, 9), 0, 17, 0]
+    table = shuffled_table(4, -(-20 // page_size), 90)
+    k_cache = torch.full((90, page_size, 2, 4), float("nan"), dtype=cache_dtype)
+    v_cache = torch.full((90, page_size, 2, 3), float("nan"), dtype=cache_dtype)
+    k, v = torch.randn(sum(lengths), 2, 7).split([4, 3], -1)  # views, as of a fused projection
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    token = 0
+    for b, length in enumerate(lengths):
+        for i in range(length):
+            expected_k[place(table, b, i, page_size)] = k[token].to(cache_dtype)
+            expected_v[place(table, b, i, page_size)] = v[token].to(cache_dtype)
+            token += 1
+    bounds = int32([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    assert kv_write_packed(k, v, k_cache, v_cache, table, bounds) is None
+    assert_same(k_cache, expected_k)
+    assert_same(v_cache, expected_v)
+
+
+def test_kv_write_packed_keeps_what_does_not_fit_out_of_live_pages():
+    """Tokens behind the last prompt, of a buffer padded to a bucket, count as its continuation."""
+    caches, new = [torch.zeros(4, 2, 1, 1) for _ in range(2)], torch.arange(1.0, 7.0).view(6, 1, 1)
+    kv_write_packed(new, new, *caches, int32([[1], [2]]), int32([0, 2, 3]))
+    assert caches[0][1:, :, 0, 0].tolist() == [[1, 2], [3, 4], [0, 0]]
+    assert caches[0][0, :, 0, 0].tolist() == [5, 6]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,6 +230,7 @@ def test_opcheck():
     table, cache_len = shuffled_table(2, 3, 8), int32([1, 5])
     k, v = torch.randn(2, 4, 2, 4), torch.randn(2, 4, 2, 3)
     opcheck(kv_write, (k, v, torch.zeros(8, 4, 2, 4), torch.zeros(8, 4, 2, 3), table, cache_len))
+    opcheck(kv_write_packed, (k[0], v[0], torch.zeros(8, 4, 2, 4), torch.zeros(8, 4, 2, 3), table, int32([0, 1, 4])))
     caches = [torch.randn(8, 4, 2, 4), torch.randn(8, 4, 6)]
     opcheck(kv_commit, (caches, table, cache_len, int32([[0, 2, 3, -1], [0, 1, 3, -1]])))
 

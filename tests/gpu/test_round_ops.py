@@ -35,6 +35,7 @@ OPS = {
     "commit_tokens": (accept.commit_tokens, accept.commit_tokens_cuda),
     "ngram_propose": (ngram.ngram_propose, ngram.ngram_propose_cuda),
     "kv_write": (kv_cache.kv_write, kv_cache.kv_write_cuda),
+    "kv_write_packed": (kv_cache.kv_write_packed, kv_cache.kv_write_packed_cuda),
     "kv_commit": (kv_cache.kv_commit, kv_cache.kv_commit_cuda),
 }
 
@@ -217,6 +218,17 @@ def test_kv_write_past_the_last_page():
     check("kv_write", torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8), *caches, int32([[2, 1]]), int32([6]))
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kv_write_packed(page_size, cache_dtype):
+    table, _, num_pages = table_and_lengths(page_size, batch=3)
+    caches = [torch.randn(num_pages, page_size, 3, dim).to(cache_dtype) for dim in (24, 16)]
+    prompts = torch.randn(26, 3, 40)
+    if INTERPRETED:
+        prompts = prompts.to(cache_dtype).float()
+    check("kv_write_packed", *prompts.split([24, 16], -1), *caches, table, int32([0, 17, 17, 25]))  # one token over
+
+
 def random_path(num_tokens):
     accepted = random.randrange(1, num_tokens + 1)
     return [0, *sorted(random.sample(range(1, num_tokens), accepted - 1))] + [-1] * (num_tokens - accepted)
@@ -260,6 +272,7 @@ def device_round():
         "commit_tokens": (*state, window, int32([4, 1, 2, 3]), int32([50] * 4), torch.tensor([2, -1])),
         "ngram_propose": (torch.randint(3, (4, 200)), int32([3, 90, 150, 199]), 5, 1, 3),
         "kv_write": (*new, *caches, table, cache_len),
+        "kv_write_packed": (*[x.flatten(0, 1) for x in new], *caches, table, int32([0, 1, 1, 9, 16])),
         "kv_commit": (caches, table, cache_len, int32([random_path(4) for _ in range(4)])),
     }
     return {name: [to_device(x) for x in values] for name, values in args.items()}
