@@ -1,0 +1,307 @@
+"""Triton kernels of cascade attention: folding page tables, and everything of a window op but the bulk of its prefix.
+
+See ``ops/cascade.py`` for what they compute. ``cascade_merge`` is one launch: a program has a few window tokens of one
+key/value head, appends the window to the cache (the first of a row and head does), attends to the edges and to the window
+with online softmax and takes in the folds' partial results, which are online-softmax states too: peak = log-sum-exp, total = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spec_compile.ops.cascade import folded_columns
+from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
+from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
+
+MANY_PROGRAMS = 512  # of ``cascade_merge``: enough to fill any device
+
+
+@triton.jit
+def _bulk_range(prefix, num_tokens, page_size, window, HAS_WINDOW: tl.constexpr, WHOLE_PAGES: tl.constexpr):
+    """``ops.cascade.bulk_range`` of one row."""
+    end = prefix
+    if WHOLE_PAGES:
+        end = prefix // page_size * page_size
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(prefix + num_tokens - window, 0)
+        first = tl.minimum((first + page_size - 1) // page_size * page_size, end)
+    return first, end
+
+
+@triton.jit(do_not_specialize=["window", "table_columns", "columns", "folds"])
+def _fold_prefix_kernel(
+    page_table_ptr,  # int32 [B, M]
+    cache_len_ptr,  # int32 [B]
+    table_ptr,  # int32 [B * folds, columns]
+    length_ptr,  # int32 [B * folds]
+    folds,
+    columns,
+    table_columns,
+    window,
+    stride_tb,
+    N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    WHOLE_PAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (pseudo row)."""
+    pseudo = tl.program_id(0)
+    batch, fold = pseudo // folds, pseudo % folds
+    first, end = _bulk_range(tl.load(cache_len_ptr + batch), N, PAGE_SIZE, window, HAS_WINDOW, WHOLE_PAGES)
+    pages = (end - first + PAGE_SIZE - 1) // PAGE_SIZE
+    held = (pages - fold + folds - 1) // folds  # 0 from fold == pages on
+    short = pages * PAGE_SIZE - (end - first)  # slots that the run's last page lacks
+    has_last = (held > 0) & ((pages - 1) % folds == fold)
+    tl.store(length_ptr + pseudo, held * PAGE_SIZE - tl.where(has_last, short, 0))
+    source = page_table_ptr + batch.to(tl.int64) * stride_tb
+    target = table_ptr + pseudo.to(tl.int64) * columns
+    for start in range(0, columns, BLOCK):
+        turn = start + tl.arange(0, BLOCK)
+        column = first // PAGE_SIZE + turn * folds + fold
+        page = tl.load(source + column, mask=(turn < held) & (column < table_columns), other=0)
+        tl.store(target + turn, page, mask=turn < columns)
+
+
+def fold_prefix(
+    page_table: Tensor, cache_len: Tensor, folds: int, num_tokens: int, page_size: int, window: int, whole_pages: bool
+) -> tuple[Tensor, Tensor]:
+    """``ops.cascade.fold_prefix``; same arguments and result."""
+    rows = page_table.shape[0] * folds
+    columns = folded_columns(page_table.shape[1], folds, page_size, window)
+    table = torch.empty(rows, columns, dtype=torch.int32, device=page_table.device)
+    length = torch.empty(rows, dtype=torch.int32, device=page_table.device)
+    _fold_prefix_kernel[(rows,)](
+        page_table, cache_len, table, length, folds, columns, page_table.shape[1], window, page_table.stride(0),
+        N=num_tokens, PAGE_SIZE=page_size, HAS_WINDOW=window > 0, WHOLE_PAGES=whole_pages,
+        BLOCK=min(1024, triton.next_power_of_2(columns)), num_warps=1,
+    )  # fmt: skip
+    return table, length
+
+
+@triton.jit(do_not_specialize=["window", "table_columns"])
+def _cascade_merge_kernel(
+    q_ptr,  # [B, N, HKV * G, D]
+    k_ptr,  # [B, N, HKV, D]
+    v_ptr,  # [B, N, HKV, DV]
+    k_cache_ptr,  # [P, PAGE_SIZE, HKV, D]
+    v_cache_ptr,  # [P, PAGE_SIZE, HKV, DV]
+    page_table_ptr,  # int32 [B, M]
+    cache_len_ptr,  # int32 [B]
+    mask_ptr,  # int32 [B, N, WORDS]
+    sinks_ptr,  # [HKV * G]
+    partial_ptr,  # [B * FOLDS, N, HKV * G, DV], contiguous
+    lse_ptr,  # float32 [B * FOLDS, HKV * G, N], contiguous
+    out_ptr,  # [B, N, HKV * G, DV], contiguous
+    scale,  # includes log2(e) unless HAS_SOFTCAP
+    softcap,
+    window,
+    table_columns,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_kcp,
+    stride_kcs,
+    stride_kch,
+    stride_vcp,
+    stride_vcs,
+    stride_vch,
+    stride_tb,
+    stride_mb,
+    stride_mn,
+    stride_mw,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    FOLDS: tl.constexpr,
+    TOKENS: tl.constexpr,  # window tokens of a program
+    BLOCK_R: tl.constexpr,  # at least TOKENS * G
+    BLOCK_W: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WORDS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    WHOLE_PAGES: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    WAIT: tl.constexpr,  # launched before the kernel that makes the partial results has ended
+):
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, BLOCK_R)
+    token = part * TOKENS + row // G
+    row_ok = (row < TOKENS * G) & (token < N)
+    q_head = head * G + row % G
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    prefix = tl.load(cache_len_ptr + batch)
+    q_rows = q_ptr + batch * stride_qb + token * stride_qn + q_head * stride_qh
+    q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
+    mask_ptr += batch * stride_mb
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    k_cache_ptr += head * stride_kch
+    v_cache_ptr += head * stride_vch
+    table = page_table_ptr + batch * stride_tb
+    depth = token
+    if HAS_WINDOW and HAS_TREE:
+        depth = token_depth(mask_ptr, token, row_ok, stride_mn, stride_mw, WORDS)
+
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+
+    # The window, appended by the first program of its row and head.
+    for w0 in tl.static_range(0, N, BLOCK_W):
+        col = w0 + tl.arange(0, BLOCK_W)
+        col_ok = col < N
+        k_ok = col_ok[:, None] & (d < D)[None, :]
+        v_ok = col_ok[:, None] & (dv < DV)[None, :]
+        k = tl.load((k_ptr + col * stride_kn)[:, None] + d[None, :], mask=k_ok, other=0.0)
+        v = tl.load((v_ptr + col * stride_vn)[:, None] + dv[None, :], mask=v_ok, other=0.0)
+        if part == 0:
+            slot = prefix + col
+            column = slot // PAGE_SIZE
+            page = tl.load(table + column, mask=col_ok & (column < table_columns), other=0).to(tl.int64)
+            slot = slot % PAGE_SIZE
+            tl.store((k_cache_ptr + page * stride_kcp + slot * stride_kcs)[:, None] + d[None, :], k, mask=k_ok)
+            tl.store((v_cache_ptr + page * stride_vcp + slot * stride_vcs)[:, None] + dv[None, :], v, mask=v_ok)
+        seen = visible_columns(mask_ptr, token, row_ok, col, col_ok, stride_mn, stride_mw, WORDS, HAS_TREE)
+        if HAS_WINDOW:
+            col_depth = col
+            if HAS_TREE:
+                col_depth = token_depth(mask_ptr, col, col_ok, stride_mn, stride_mw, WORDS)
+            seen = seen & (depth[:, None] - col_depth[None, :] < window)
+        scores = tl.where(seen, logits(q, q, k, k, scale, softcap, False, HAS_SOFTCAP), float("-inf"))
+        peak, total, acc = online_softmax_step(scores, v, peak, total, acc)
+
+    # The edges: slots [low, first) and [end, prefix), walked as one run. Nothing below ``low``, which nobody sees, is read.
+    if HAS_EDGES:
+        first, end = _bulk_range(prefix, N, PAGE_SIZE, window, HAS_WINDOW, WHOLE_PAGES)
+        low = 0
+        if HAS_WINDOW:
+            low = tl.maximum(prefix - window + 1, 0)
+            end = tl.maximum(end, low)
+        ahead = tl.maximum(first - low, 0)  # slots of the first edge
+        length = ahead + prefix - end
+        for start in range(0, length, BLOCK_E):
+            index = start + tl.arange(0, BLOCK_E)
+            slot = tl.where(index < ahead, low + index, end + index - ahead)
+            slot_ok = index < length
+            page = tl.load(table + slot // PAGE_SIZE, mask=slot_ok, other=0).to(tl.int64)
+            k_rows = k_cache_ptr + page * stride_kcp + slot % PAGE_SIZE * stride_kcs
+            v_rows = v_cache_ptr + page * stride_vcp + slot % PAGE_SIZE * stride_vcs
+            k = tl.load(k_rows[:, None] + d[None, :], mask=slot_ok[:, None] & (d < D)[None, :], other=0.0)
+            v = tl.load(v_rows[:, None] + dv[None, :], mask=slot_ok[:, None] & (dv < DV)[None, :], other=0.0)
+            seen = slot_ok[None, :]
+            if HAS_WINDOW:
+                seen = seen & ((prefix + depth)[:, None] - slot[None, :] < window)
+            scores = tl.where(seen, logits(q, q, k, k, scale, softcap, False, HAS_SOFTCAP), float("-inf"))
+            peak, total, acc = online_softmax_step(scores, v, peak, total, acc)
+
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+
+    # The folds. The largest peak first, so that no fold's load waits for another's.
+    lse_ptr += batch * FOLDS * HKV * G * N + q_head * N + token
+    partial_ptr += batch * FOLDS * N * HKV * G * DV + (token * HKV * G + q_head) * DV
+    largest = peak
+    for fold in tl.static_range(FOLDS):
+        fold_peak = tl.load(lse_ptr + fold * HKV * G * N, mask=row_ok, other=float("-inf")) * 1.4426950408889634
+        largest = tl.maximum(largest, fold_peak)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    alpha = tl.exp2(peak - shift)
+    total *= alpha
+    acc *= alpha[:, None]
+    for fold in tl.static_range(FOLDS):
+        fold_peak = tl.load(lse_ptr + fold * HKV * G * N, mask=row_ok, other=float("-inf")) * 1.4426950408889634
+        weight = tl.exp2(fold_peak - shift)
+        part_ok = (row_ok & (fold_peak > float("-inf")))[:, None] & (dv < DV)[None, :]
+        x = tl.load(partial_ptr[:, None] + fold * N * HKV * G * DV + dv[None, :], mask=part_ok, other=0.0)
+        total += weight
+        acc += x.to(tl.float32) * weight[:, None]
+
+    sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + q_head, mask=row_ok, other=0.0).to(tl.float32) * 1.4426950408889634
+    o_rows = out_ptr + ((batch * N + token) * HKV * G + q_head) * DV
+    o = normalize(largest, total, acc, sink)
+    tl.store(o_rows[:, None] + dv[None, :], o, mask=row_ok[:, None] & (dv < DV)[None, :])
+
+
+def tokens_per_program(num_tokens: int, group: int, row_heads: int) -> int:
+    """Window tokens of one program: few, because a program mostly waits on memory, unless the device is full without."""
+    tokens = 1
+    while tokens < num_tokens and tokens * group < 64 and row_heads * triton.cdiv(num_tokens, tokens) > MANY_PROGRAMS:
+        tokens *= 2
+    return tokens
+
+
+def cascade_merge(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    partial: Tensor,
+    partial_lse: Tensor,
+    whole_pages: bool,
+    *,
+    overlap: bool = False,
+    tokens: int | None = None,
+    num_warps: int = 4,
+) -> Tensor:
+    """``ops.cascade.cascade_merge``; same arguments and result.
+
+    Args:
+        overlap: launch before the kernel in front, which makes the partial results, has ended (programmatic dependent
+            launch; NVIDIA's compute capability 9.0 or newer). It must have read its own inputs by then, as kernels launched
+            the ordinary way have.
+        tokens, num_warps: override the choice, for tests and tuning.
+    """
+    batch, num_tokens, num_heads, dims = q.shape
+    num_kv_heads, page_size, v_dim = k.shape[2], k_cache.shape[1], v.shape[3]
+    group = num_heads // num_kv_heads
+    tokens = tokens or tokens_per_program(num_tokens, group, batch * num_kv_heads)
+    out = torch.empty(batch, num_tokens, num_heads, v_dim, dtype=q.dtype, device=q.device)
+    mask_strides = tree_mask.stride() if tree_mask is not None else (0, 0, 0)
+    options = {"launch_pdl": True} if overlap else {}
+    _cascade_merge_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads, batch)](
+        q, k, v, k_cache, v_cache, page_table, cache_len,
+        tree_mask if tree_mask is not None else cache_len, sinks if sinks is not None else q,
+        partial, partial_lse, out,
+        scale if softcap > 0 else scale * LOG2_E, float(softcap), window, page_table.shape[1],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        page_table.stride(0), *mask_strides,
+        N=num_tokens, G=group, HKV=num_kv_heads, D=dims, DV=v_dim, FOLDS=partial.shape[0] // batch, TOKENS=tokens,
+        BLOCK_R=max(16, triton.next_power_of_2(tokens * group)),
+        BLOCK_W=min(max(16, triton.next_power_of_2(num_tokens)), 64), BLOCK_E=min(max(16, page_size), 64),
+        BLOCK_D=max(16, triton.next_power_of_2(dims)), BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
+        WORDS=tree_mask.shape[2] if tree_mask is not None else 0, PAGE_SIZE=page_size,
+        HAS_EDGES=whole_pages or window > 0, WHOLE_PAGES=whole_pages, HAS_TREE=tree_mask is not None,
+        HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None, WAIT=overlap,
+        num_warps=num_warps, **options,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,321 @@
+"""The ``fa4`` provider without a GPU: what it refuses, how it cuts the prefix, and what it asks of FlashAttention-4.
+
+FA4's forward is stood in for by ``fa4_in_torch``; ``tests/gpu`` runs the real one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import fa4_in_torch
+import pytest
+import torch
+from attention_contract import Case, check, make_problem
+from stage_graphs import Input, find, stage_graph
+from test_triton_kernels import interpreter, run_interpreted  # noqa: F401 (a fixture)
+from torch.library import opcheck
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops import attention as generic
+from spec_compile.ops.providers import AttentionNode, Availability, as_lowered, fa4
+from spec_compile.ops.providers.fa4 import BulkConfig, choose_bulk_config
+from spec_compile.passes.graph import CacheSlot
+from spec_compile.passes.lower import lower as lower_graph
+
+H200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
+B200 = Hardware("nvidia", "sm100", 148, "NVIDIA B200")
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture
+def fresh_probe() -> Iterator[None]:
+    """What ``probe`` found is remembered; tests here change what there is to find."""
+    fa4.probe.cache_clear(), fa4._interface.cache_clear()
+    yield
+    fa4.probe.cache_clear(), fa4._interface.cache_clear()
+
+
+@pytest.fixture(params=[1, 3], ids="folds{}".format)
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """FA4 in PyTorch, and a number of folds."""
+    monkeypatch.setattr(fa4, "_interface", fa4_in_torch.interface)
+    monkeypatch.setattr(fa4, "choose_bulk_config", lambda *args, **kwargs: BulkConfig(request.param, 1, None))
+    return request.param
+
+
+def node(**changes: object) -> AttentionNode:
+    fields = {
+        "op": "attention", "stage": "verify", "batch": 2, "num_tokens": 8, "num_q_heads": 32, "num_kv_heads": 8,
+        "head_dim": 128, "v_head_dim": 128, "page_size": 64, "window": 0, "softcap": 0.0, "has_sinks": False,
+        "is_tree": True, "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16,
+    }  # fmt: skip
+    return AttentionNode(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+PREFILL = {"op": "prefill_attention", "stage": "prefill", "batch": None, "num_tokens": None, "is_tree": False}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it can do, and what it says when it cannot
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"is_tree": False, "num_tokens": 1, "stage": "draft"},
+        {"window": 128, "has_sinks": True, "softcap": 30.0},
+        {"page_size": 16, "num_tokens": 64, "head_dim": 80, "v_head_dim": 96, "num_q_heads": 40},
+        {"dtype": torch.float16, "kv_dtype": torch.float16, "head_dim": 256, "v_head_dim": 256},
+        PREFILL,
+        PREFILL | {"window": 100, "has_sinks": True, "softcap": 30.0},
+    ],
+)
+@pytest.mark.parametrize("hardware", [H200, B200, Hardware("nvidia", "sm110", 20, "NVIDIA Thor")])
+def test_supports(changes: dict, hardware: Hardware) -> None:
+    assert fa4.supports(node(**changes), hardware) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"op": "mla_attention"}, "MLA"),
+        ({"op": "mla_prefill_attention"}, "MLA"),
+        ({"dtype": torch.float32, "kv_dtype": torch.float32}, "torch.float32 is not float16 or bfloat16"),
+        ({"kv_dtype": torch.float8_e4m3fn}, "cache's dtype torch.float8_e4m3fn differs"),
+        ({"num_q_heads": 12}, "12 query heads are not a multiple of 8"),
+        ({"head_dim": 72}, "head dims 72 and 128"),
+        ({"v_head_dim": 272}, "head dims 128 and 272"),
+    ],
+)
+def test_refuses_with_a_reason(changes: dict, words: str) -> None:
+    assert words in fa4.supports(node(**changes), H200)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm120", "gfx942", "cpu"])
+def test_refuses_other_devices(arch: str) -> None:
+    vendor = {"g": "amd", "c": "cpu"}.get(arch[0], "nvidia")
+    assert f"not on {arch}" in fa4.supports(node(), Hardware(vendor, arch, 100, arch))
+
+
+@pytest.mark.parametrize("dims,fits", [((192, 128), True), ((256, 256), True), ((192, 192), False), ((256, 128), False)])
+def test_blackwell_takes_fewer_head_dims(dims: tuple[int, int], fits: bool) -> None:
+    wide = node(head_dim=dims[0], v_head_dim=dims[1])
+    assert fa4.supports(wide, H200) is None
+    assert (fa4.supports(wide, B200) is None) == fits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# probe()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, version: str | None, forward: object = fa4_in_torch.flash_attn_fwd) -> None:
+    def find_version(name: str) -> str:
+        if name != "flash-attn-4" or version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
+    monkeypatch.setattr(fa4, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=forward))
+
+
+def test_probe_names_the_version(fresh_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "4.0.0b36")
+    assert fa4.probe() == Availability("4.0.0b36")
+    fa4.probe.cache_clear()
+    installed(monkeypatch, "4.1.0")
+    assert fa4.probe().ok
+
+
+def test_probe_of_an_absent_package_gives_the_command(fresh_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None)
+    assert fa4.probe() == Availability(None, "flash-attn-4 is not installed: pip install 'spec-compile[fa4]'")
+
+
+def test_probe_of_an_old_version(fresh_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "4.0.0b9")
+    assert "4.0.0b9 is too old, 4.0.0b36 or newer is needed: pip install" in fa4.probe().problem
+
+
+def test_probe_of_a_version_with_another_interface(fresh_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "4.2.0", lambda q, k, v, **kwargs: None)
+    problem = fa4.probe().problem
+    assert "4.2.0 has another interface" in problem and "cu_seqlens_q" in problem and "flash-attn-4==4.0.0b36" in problem
+
+
+def test_probe_of_a_package_that_does_not_import(fresh_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "4.0.0b36")
+
+    def broken() -> None:
+        raise OSError("libcute_dsl_runtime.so: cannot open shared object file")
+
+    monkeypatch.setattr(fa4, "_interface", broken)
+    problem = fa4.probe().problem
+    assert "does not import (OSError: libcute_dsl_runtime.so" in problem and "pip install 'spec-compile[fa4]'" in problem
+
+
+def test_nothing_of_fa4_is_imported_before_it_is_probed() -> None:
+    code = (
+        "import sys; from spec_compile.ops.providers import load; load('fa4');"
+        "print([m for m in sys.modules if m.split('.')[0] in ('flash_attn', 'cutlass', 'quack', 'triton', 'tvm_ffi')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cut of the prefix
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "rows", "pages", "folds", "tile_m"),
+    [
+        (1, 8, 32, 1000, 16, 64),  # 8 tokens of an 8B model: 128 programs on 132 multiprocessors
+        (1, 8, 4, 1000, 16, 64),
+        (1, 8, 128, 1000, 16, 128),
+        (1, 8, 256, 1000, 8, 128),  # two tiles a head
+        (8, 8, 32, 1000, 2, 64),
+        (32, 8, 32, 1000, 1, 64),
+        (1, 8, 32, 3, 3, 64),  # no fold without a page
+        (1, 1, 32, 1000, 32, 64),
+    ],
+)
+def test_folds_fill_the_device_and_no_more(batch, kv_heads, rows, pages, folds, tile_m) -> None:
+    config = choose_bulk_config("sm90", 132, batch, kv_heads, rows, pages)
+    assert (config.folds, config.native_splits, config.tile[0]) == (folds, 1, tile_m)
+
+
+def test_hopper_never_asks_for_native_splits() -> None:
+    """FA4 4.0.0b36 asserts against them there."""
+    for batch in range(1, 70):
+        for pages in (1, 5, 1000):
+            assert choose_bulk_config("sm90", 132, batch, 8, 32, pages).native_splits == 1
+
+
+@pytest.mark.parametrize("arch", ["sm100", "sm103", "sm110"])
+def test_blackwell_splits_batches_natively_and_folds_one_row(arch: str) -> None:
+    assert choose_bulk_config(arch, 148, 1, 8, 32, 1000) == BulkConfig(18, 1, None)
+    assert choose_bulk_config(arch, 148, 4, 8, 32, 1000) == BulkConfig(1, 4, None)
+    assert choose_bulk_config(arch, 148, 64, 8, 32, 1000) == BulkConfig(1, 1, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ops
+
+SMALL = {
+    "chain": Case((37, 0, 64, 90), 3, (6, 2), (32, 16), 16, spare_columns=5, padding_rows=1),
+    "tree": Case((90, 5, 48), 6, (4, 1), (16, 48), 16, tree=True),
+    "n1": Case((33, 1, 0), 1, (4, 4), (16, 16), 8),
+    "window": Case((90, 5, 16, 20), 5, (4, 2), (16, 16), 16, tree=True, window=20, sinks=True),
+    "window_below_page": Case((90, 5, 16), 5, (4, 2), (16, 16), 64, window=7),
+    "softcap": Case((50, 3), 4, (4, 2), (16, 16), 16, softcap=2.0, sinks=True, tree=True),
+    "wide_tree": Case((70,), 40, (2, 1), (16, 16), 16, tree=True),
+    "prefill": Case((40, 0, 1, 30), 0, (4, 2), (16, 32), 16, packed=True),
+    "prefill_window": Case((40, 5), 0, (3, 1), (16, 16), 16, packed=True, window=9, sinks=True, softcap=3.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_contract(name: str, dtype: torch.dtype, stand_in: int) -> None:
+    check("fa4", SMALL[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("name", ["chain", "window", "softcap", "prefill_window"])
+def test_opcheck(name: str, stand_in: int) -> None:
+    case = SMALL[name]
+    lowered = as_lowered(fa4.lower(case.node(torch.float32)))
+    args = make_problem(case, torch.float32, "cpu").args
+    if lowered.plan is None:
+        opcheck(lowered.op, args)
+        return
+    plan_args = (*lowered.row_arguments(args), *lowered.plan_args)
+    opcheck(lowered.plan, plan_args)
+    opcheck(lowered.op, (*args, *lowered.plan(*plan_args)))
+
+
+@pytest.mark.parametrize("op", ["attention", "prefill_attention"])
+def test_schemas_begin_with_the_generic_ops(op: str) -> None:
+    lowered = as_lowered(fa4.lower(node(op=op)))
+    theirs = str(getattr(generic, op)._opoverload._schema).replace(op, f"{op}_fa4", 1)
+    planned = ", Tensor folded_table, Tensor folded_len" if op == "attention" else ""
+    assert str(lowered.op._schema) == theirs.replace(") ->", f"{planned}) ->")
+
+
+def test_layers_of_one_window_share_a_plan() -> None:
+    def layers(q, k, v, table, lens, **caches):
+        for i, window in enumerate((0, 128, 0, 128)):
+            args = (k, v, caches[f"k{i}"], caches[f"v{i}"], table, lens, None, 0.1, window, 0.0, None)
+            q = torch.ops.spec_compile.attention(q, *args)
+        return q
+
+    graph = stage_graph(
+        layers,
+        "verify",
+        q=Input("q", torch.zeros(2, 8, 32, 128)),
+        k=Input("k", torch.zeros(2, 8, 8, 128)),
+        v=Input("v", torch.zeros(2, 8, 8, 128)),
+        table=Input("page_table", torch.zeros(2, 4, dtype=torch.int32)),
+        lens=Input("cache_len", torch.zeros(2, dtype=torch.int32)),
+        **{f"{part}{i}": CacheSlot(i, part) for i in range(4) for part in "kv"},
+    )
+    for call, window in zip(find(graph, "attention"), (0, 128, 0, 128), strict=True):
+        call.meta |= {"provider": "fa4", "attention_node": node(window=window, is_tree=False)}
+    lower_graph(graph)
+    assert [plan.args[-1] for plan in find(graph, "attention_fa4_plan")] == [0, 128]
+    assert len(find(graph, "attention_fa4")) == 4
+
+
+def test_warm_up_folds_as_the_rows_capacity_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FA4 compiles depends on whether there are folds, so a table as short as the example's would warm the wrong one."""
+    pages = []
+    monkeypatch.setattr(fa4, "_interface", fa4_in_torch.interface)
+
+    def config(arch, num_sms, batch, num_kv_heads, rows, columns):
+        pages.append(columns)
+        return BulkConfig(2, 1, None)
+
+    monkeypatch.setattr(fa4, "choose_bulk_config", config)
+    small = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16, "v_head_dim": 16, "dtype": torch.float32}
+    small |= {"kv_dtype": torch.float32}
+    fa4.warm_up(node(max_context=1000, **small), torch.device("cpu"))
+    assert set(pages) == {16}
+    fa4.warm_up(node(**small), torch.device("cpu"))
+    assert set(pages) == {16, 1}
+    fa4.warm_up(node(**PREFILL, **small), torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Triton kernels under Triton's interpreter
+
+INTERPRETED = """
+import torch
+import fa4_in_torch
+from attention_contract import Case, check
+from spec_compile.ops import cascade
+from spec_compile.ops.kernels import cascade as kernels
+from spec_compile.ops.providers import fa4
+cascade.fold_prefix, cascade.cascade_merge = kernels.fold_prefix, kernels.cascade_merge
+fa4._interface = fa4_in_torch.interface
+for folds, fa4.WHOLE_PAGES in ((1, True), (3, False)):
+    fa4.choose_bulk_config = lambda *args: fa4.BulkConfig(folds, 1, None)
+    check("fa4", {case}, torch.float32, "cpu")
+"""
+
+
+@pytest.mark.parametrize("name", ["chain", "window", "window_below_page", "softcap", "wide_tree"])
+def test_kernels_keep_the_contract(name: str, interpreter: None) -> None:  # noqa: F811
+    result = run_interpreted(INTERPRETED.replace("{case}", repr(SMALL[name])))
+    assert result.returncode == 0, result.stderr
