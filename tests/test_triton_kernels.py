@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter on the CPU: tiny cases of the GPU contract test.
+"""The Triton kernels under Triton's interpreter on the CPU: tiny cases of the providers' contract.
 
 The interpreter is chosen when kernels are defined, so each case runs in a process of its own.
 """
@@ -18,7 +18,6 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
 from spec_compile.ops.providers import AttentionNode, triton
 
-GPU_TESTS = Path(__file__).parent / "gpu"
 INTERPRETER_WORKS = """
 import torch, triton, triton.language as tl
 @triton.jit
@@ -30,24 +29,23 @@ def kernel(x, B: tl.constexpr):
     tl.store(x + i[:, None] * B + i[None, :], a)
 kernel[(1,)](torch.ones(16, 16), 16)
 """
-ARGS = "torch.float32, 'cpu'"
 CASES = {  # one process each: importing torch takes longer than a case
     "decode": [
-        f"check_decode(Case((37, 0), 3, (6, 2), (24, 16), tree=True, sinks=True, padding_rows=1), {ARGS})",
-        f"check_decode(Case((90,), 5, (6, 2), (16, 40), tree=True, window=20, softcap=5.0), {ARGS})",
-        f"check_decode(Case((150, 3), 70, (2, 1), (16, 16), 32), {ARGS})",
-        f"check_decode(Case((40, 5), 3, (5, 1), (40, 32), tree=True), {ARGS}, latent=True)",
+        "Case((37, 0), 3, (6, 2), (24, 16), tree=True, sinks=True, padding_rows=1)",
+        "Case((90,), 5, (6, 2), (16, 40), tree=True, window=20, softcap=5.0)",
+        "Case((150, 3), 70, (2, 1), (16, 16), 32)",
+        "Case((40, 5), 3, (5, 1), (40, 32), tree=True, latent=True)",
     ],
     "prefill": [
-        f"check_prefill(Case((70, 0, 33), 0, (4, 2), (16, 24)), {ARGS})",
-        f"check_prefill(Case((150, 3), 0, (3, 1), (16, 16), window=40, softcap=5.0, sinks=True), {ARGS})",
-        f"check_prefill(Case((40, 5), 0, (3, 1), (48, 32)), {ARGS}, latent=True)",
+        "Case((70, 0, 33), 0, (4, 2), (16, 24), packed=True)",
+        "Case((150, 3), 0, (3, 1), (16, 16), window=40, softcap=5.0, sinks=True, packed=True)",
+        "Case((40, 5), 0, (3, 1), (48, 32), packed=True, latent=True)",
     ],
 }
 
 
 def run_interpreted(code: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(GPU_TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-"], input=code, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -66,8 +64,8 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_match_the_reference(name: str, interpreter: None) -> None:
-    calls = "\n".join(CASES[name])
-    result = run_interpreted(f"import torch\nfrom test_attention_triton import *\ntorch.manual_seed(0)\n{calls}")
+    calls = "\n".join(f"check('triton', {case}, torch.float32, 'cpu')" for case in CASES[name])
+    result = run_interpreted(f"import torch\nfrom attention_contract import *\ntorch.manual_seed(0)\n{calls}")
     assert result.returncode == 0, result.stderr
 
 

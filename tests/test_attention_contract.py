@@ -1,0 +1,166 @@
+"""The providers' contract itself: the torch provider keeps it on a CPU, and every planted fault breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_contract import BOUNDS, CASES, MAY_REFUSE, Case, check, errors
+from torch import Tensor
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops import providers
+from spec_compile.ops.providers import AttentionNode
+
+H200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
+FP8 = torch.float8_e4m3fn
+SMALL = {
+    "chain": Case((33, 0, 64), 3, (4, 2), (32, 32), padding_rows=1),
+    "tree": Case((33, 17), 6, (4, 2), (32, 16), tree=True),
+    "window_sinks": Case((90, 3), 4, (4, 2), (32, 32), window=20, sinks=True),
+    "softcap": Case((40,), 4, (4, 4), (32, 32), softcap=5.0, tree=True),
+    "prefill": Case((30, 0, 17), 0, (4, 2), (32, 32), packed=True, window=9),
+    "latent": Case((40, 5), 3, (4, 1), (40, 32), tree=True, latent=True),
+    "latent_prefill": Case((20, 5), 0, (4, 1), (40, 32), packed=True, latent=True),
+    "outliers": Case((30, 9), 4, (4, 2), (32, 32), tree=True, outliers=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_torch_provider_keeps_it(name: str, dtype: torch.dtype) -> None:
+    check("torch", SMALL[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_torch_provider_keeps_it_over_a_float8_cache(name: str) -> None:
+    check("torch", SMALL[name], torch.bfloat16, "cpu", FP8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def attend(*args: object) -> Tensor:
+    return torch.ops.spec_compile.attention_torch(*args)
+
+
+def change(position: int, make: Callable[[object], object]) -> Callable[..., Tensor]:
+    """The op with one argument falsified."""
+
+    def faulty(*args: object) -> Tensor:
+        changed = list(args)
+        changed[position] = make(args[position])
+        return attend(*changed)
+
+    return faulty
+
+
+def no_append(q, k, v, k_cache, v_cache, *rest):
+    return attend(q, k, v, k_cache.clone(), v_cache.clone(), *rest)
+
+
+def stray_write(q, k, v, k_cache, v_cache, *rest):
+    out = attend(q, k, v, k_cache, v_cache, *rest)
+    unused = set(range(1, len(k_cache))) - set(rest[0].flatten().tolist())
+    k_cache[max(unused), 3] = 1.0
+    return out
+
+
+def unwritten_head(*args):
+    result = attend(*args)
+    out = torch.empty_like(result)
+    out[:, :, 1:] = result[:, :, 1:]
+    return out
+
+
+def sinks_twice(*args):
+    *others, sinks = args
+    return attend(*others, sinks + torch.log(torch.tensor(2.0)).to(sinks.dtype))
+
+
+def forgets_a_key(q, k, v, k_cache, v_cache, table, cache_len, *rest):
+    """The first slot of each row counts as never seen: its key is made hopeless before, and put back after."""
+    first = k_cache[table[:, 0].long(), 0].clone()
+    k_cache[table[:, 0].long(), 0] = -30.0 * q[:, 0].sign()
+    out = attend(q, k, v, k_cache, v_cache, table, cache_len, *rest)
+    k_cache[table[:, 0].long(), 0] = first
+    return out
+
+
+LONG = Case((1500,), 1, (8, 8), (64, 64))
+FAULTS = {
+    "a chain for a tree": (SMALL["tree"], change(7, lambda tree: None)),
+    "lengths one short": (SMALL["chain"], change(6, lambda lengths: (lengths - 1).clamp(min=0))),
+    "lengths one long": (SMALL["chain"], change(6, lambda lengths: lengths + 1)),
+    "a window one wider": (SMALL["window_sinks"], change(9, lambda window: window + 1)),
+    "no window": (SMALL["window_sinks"], change(9, lambda window: 0)),
+    "no softcap": (SMALL["softcap"], change(10, lambda softcap: 0.0)),
+    "no sinks": (SMALL["window_sinks"], change(11, lambda sinks: None)),
+    "sinks counted twice": (SMALL["window_sinks"], sinks_twice),
+    "pages in order": (SMALL["chain"], change(5, lambda table: table.sort(-1).values)),
+    "nothing appended": (SMALL["chain"], no_append),
+    "a write to an unused page": (SMALL["chain"], stray_write),
+    "a head never written": (SMALL["chain"], unwritten_head),
+    "one key of 1500 forgotten": (LONG, forgets_a_key),
+    "scores off by two percent": (LONG, change(0, lambda q: q * 1.02)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_breaks_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, faulty = FAULTS[name]
+    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: attend))
+    check("sound", case, torch.bfloat16, "cpu")  # what the fault is planted in keeps the contract
+    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: faulty))
+    with pytest.raises(AssertionError):
+        check("faulty", case, torch.bfloat16, "cpu")
+
+
+def test_an_unquantised_window_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a float8 cache a row's own window must be seen as later rounds will see it."""
+
+    def attends_to_its_input(q, k, v, k_cache, v_cache, *rest):
+        attend(q, k, v, k_cache, v_cache, *rest)
+        return attend(q, k, v, k_cache.to(q.dtype), v_cache.to(q.dtype), *rest)
+
+    case = Case((3, 0), 8, (4, 2), (32, 32))
+    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: attends_to_its_input))
+    with pytest.raises(AssertionError, match="errors"):
+        check("faulty", case, torch.bfloat16, "cpu", FP8)
+
+
+def test_errors_see_one_bad_vector_among_many() -> None:
+    expected = torch.randn(50, 8, 4, 64, dtype=torch.float64)
+    out = expected.clone()
+    out[7, 3, 2] *= 1.05
+    whole, worst = errors(out, expected)
+    assert whole < BOUNDS[torch.bfloat16][0] and worst > BOUNDS[torch.bfloat16][1]
+    out[0, 0, 0, 0] = float("nan")
+    assert not all(found <= bound for found, bound in zip(errors(out, expected), (1e9, 1e9), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a provider may refuse
+
+
+@pytest.mark.parametrize("provider", [name for name in providers.PROVIDERS if name in MAY_REFUSE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_only_what_is_listed_is_refused_on_an_h200(provider: str, dtype: torch.dtype) -> None:
+    """So that a case that stops being run is noticed; and the list is not longer than it must be."""
+    refused = {name for name, case in CASES.items() if providers.load(provider).supports(case.node(dtype), H200) is not None}
+    assert refused == MAY_REFUSE[provider]
+
+
+def test_every_provider_that_runs_here_has_a_list() -> None:
+    node = CASES["chain8"].node(torch.bfloat16)
+    able = {name for name in providers.PROVIDERS if providers.load(name).supports(node, H200) is None}
+    assert able == set(MAY_REFUSE)
+
+
+def test_float8_caches_are_read_where_it_is_said() -> None:
+    node: AttentionNode = CASES["chain8"].node(torch.bfloat16, FP8)
+    able = {name for name in providers.PROVIDERS if providers.load(name).supports(node, H200) is None}
+    assert {"torch", "triton"} <= able
