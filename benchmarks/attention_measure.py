@@ -34,9 +34,7 @@ MODEL_LAYERS = 32  # a plan is made once for so many layers
 MIN_LAYERS, CPU_LAYERS = 4, 2
 SAMPLES = 3  # (row, key/value head) pairs checked against float64
 POOL_SHARE = 0.45  # of the free memory
-TORCH_LIMIT = 2**17  # the torch provider reads a row's whole capacity in float32: batch * capacity * kv_heads above this is absurd
-    2**20
-)  # the torch provider reads a row's whole capacity in float32: batch * capacity * kv_heads above this is absurd
+TORCH_LIMIT = 2**17  # it reads all a row could hold, in float32: no figure where batch * capacity * kv_heads is more
 PLAN_REPEATS = 8
 
 
