@@ -30,6 +30,7 @@ from attention_measure import AUTO, Bench
 from report import environment
 from rich.console import Console
 from rich.progress import Progress
+from shapes import sync
 
 from spec_compile.ops.providers import PROVIDERS
 
@@ -65,6 +66,7 @@ def work(pipe: Connection, device: str, visible: str | None, names: list[str]) -
                 bench.compile(task.compile, task.cells)
             except Exception as error:  # it will fail again when measured, and be a row then
                 pipe.send(("note", f"{task.compile} could not be compiled: {type(error).__name__}: {error}"[:300]))
+                sync(device)  # raises where the CUDA context is broken: this process ends, another takes its place
         else:
             if bench.memory is None:
                 pipe.send(("row", {"meta": {**environment(device), **bench.prepare()}}))

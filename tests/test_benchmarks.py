@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,6 +296,29 @@ def test_a_second_run_measures_what_is_missing_and_what_failed() -> None:
     done = bench_attention.finished(synthetic_rows())
     first, *_, last = FULL.cells()[:5]
     assert done[first] == {"auto", "fa4", "triton", "torch"} and done[last] == {"auto", "fa4"}
+
+
+def test_a_crash_costs_one_provider_of_one_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What crashed is a row, its provider's other cells of the spec too; everything else goes to a new process."""
+    args = bench_attention.parse(["--out", str(tmp_path), "--providers", "triton", "torch"])
+    cells = [cell for cell in FULL.cells() if cell.spec == (128, 4, 8)][:3]
+    run = bench_attention.Run(args, FULL, cells)
+    monkeypatch.setattr(run, "_start", lambda number, gpu: "a new worker")
+    process = SimpleNamespace(kill=lambda: None, join=lambda seconds: None)
+    task = bench_attention.Task(cells)
+    worker = SimpleNamespace(number=0, gpu=0, process=process, task=task, trying=(cells[1], "triton"))
+    run.workers = [worker]
+    for cell in cells[:1]:
+        run._write({**vars(cell), "provider": "triton", "status": "ok"})
+    tasks: deque = deque()
+    run._replace(worker, "exit code -11", tasks)
+    rows = attention_report.load(tmp_path / "rows.jsonl")
+    errors = {attention_grid.cell_of(row): row["reason"] for row in rows if row["status"] == "error"}
+    assert errors == {cells[1]: "exit code -11", cells[2]: f"not run: exit code -11 at {cells[1]}"}
+    assert run.workers == ["a new worker"]
+    [again] = tasks
+    assert again.cells == cells and all(again.skip[cell] == {"triton"} for cell in cells)
+    assert bench_attention.finished(rows) == {cells[0]: {"triton"}}  # the next run tries the others again
 
 
 @pytest.mark.slow
