@@ -4,8 +4,9 @@ Shapes: B rows, N window tokens (the root plus K = N - 1 drafts), V vocabulary, 
 end-of-sequence ids. Slot j of the window predicts the token at position ``cache_len + 1 + j``; ``window[:, j + 1]`` is
 what the draft put there.
 
-``count_accepted`` and ``residual_weights`` are the mathematics of ``accept_sampled`` without its randomness: the op is
-made of them, and so is the enumeration in the tests which shows that the emitted tokens follow the target's law.
+``count_accepted``, ``residual_weights`` and (for one-hot drafts) ``accept_greedy`` are the mathematics of
+``accept_sampled`` without its randomness: the op is made of them, and so is the enumeration in the tests which shows that
+the emitted tokens follow the target's law.
 """
 
 from __future__ import annotations
@@ -55,13 +56,12 @@ def accept_greedy_cuda(window_ids, target_ids) -> Tensor:
 # accept_sampled
 
 
-def acceptance_probability(target_prob: Tensor, draft_prob: Tensor | None) -> Tensor:
-    """min(1, p / q) of drafted tokens; q is 1 without ``draft_prob``. A token neither would draw (0 / 0) gives NaN."""
-    ratio = target_prob if draft_prob is None else target_prob / draft_prob
-    return ratio.clamp(max=1.0)
+def acceptance_probability(target_prob: Tensor, draft_prob: Tensor) -> Tensor:
+    """min(1, p / q) of drafted tokens. A token neither would draw (0 / 0) gives NaN."""
+    return (target_prob / draft_prob).clamp(max=1.0)
 
 
-def count_accepted(window_ids: Tensor, draft_probs: Tensor | None, target_probs: Tensor, uniforms: Tensor) -> Tensor:
+def count_accepted(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Number of drafts accepted before the first rejection: int64 [B], 0..K.
 
     Args:
@@ -70,14 +70,14 @@ def count_accepted(window_ids: Tensor, draft_probs: Tensor | None, target_probs:
     """
     drafted = window_ids[:, 1:, None]  # [B, K, 1]
     target_prob = target_probs[:, :-1].gather(2, drafted)[..., 0]  # [B, K]
-    draft_prob = None if draft_probs is None else draft_probs.gather(2, drafted)[..., 0]
+    draft_prob = draft_probs.gather(2, drafted)[..., 0]
     return _leading(uniforms < acceptance_probability(target_prob, draft_prob))  # NaN compares false: rejected
 
 
-def residual_weights(window_ids: Tensor, draft_probs: Tensor | None, target_probs: Tensor, accepted: Tensor) -> Tensor:
+def residual_weights(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, accepted: Tensor) -> Tensor:
     """What the token behind the accepted drafts is drawn from: unnormalised [B, V].
 
-    After a rejection (p - q)+, or p without the drafted token when q is one-hot; p when every draft was accepted.
+    After a rejection (p - q)+; p when every draft was accepted.
     """
     num_drafts = window_ids.shape[1] - 1
     row = torch.arange(window_ids.shape[0], device=window_ids.device)
@@ -85,13 +85,19 @@ def residual_weights(window_ids: Tensor, draft_probs: Tensor | None, target_prob
     if num_drafts == 0:
         return target
     rejected = accepted.clamp(max=num_drafts - 1)  # [B]; meaningless when all were accepted
-    if draft_probs is None:
-        weights = target.scatter(1, window_ids[row, rejected + 1][:, None], 0.0)
-    else:
-        weights = (target - draft_probs[row, rejected]).clamp_(min=0.0)
+    weights = (target - draft_probs[row, rejected]).clamp_(min=0.0)
     # Rounding can reject a token where p == q up to the last bit; nothing is left then, and p is as good as it gets.
     keep_target = (accepted[:, None] == num_drafts) | (weights.amax(1, keepdim=True) <= 0)
     return torch.where(keep_target, target, weights)
+
+
+def sample_slots(target_probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """The target's own sample at every slot of a window, int64 [B, N]; arguments as in ``accept_sampled``."""
+    num_tokens = target_probs.shape[1]
+    at = (position[:, None] + 1 + torch.arange(num_tokens, dtype=torch.int32, device=position.device)).flatten()
+    seeds = seed.repeat_interleave(num_tokens, output_size=at.shape[0])
+    ids = torch.ops.spec_compile.sample_token(target_probs.flatten(0, 1), seeds, at, TARGET_STREAM)
+    return ids.view(-1, num_tokens)
 
 
 @torch.library.custom_op("spec_compile::accept_sampled", mutates_args=())
@@ -104,6 +110,10 @@ def accept_sampled(
     accepted drafts one more token is sampled from p. The emitted tokens follow the target's law exactly, *provided
     that* ``draft_probs`` is what the drafts were sampled from: a draft chosen by argmax, top-k or look-up is one-hot.
 
+    A one-hot q needs no test of its own: the target samples every slot and a draft stands when it is that sample. That
+    accepts it with probability p and, given a rejection, leaves p without the draft, which is the rule above. As the
+    noise belongs to the position, the text then does not depend on what was drafted, or on whether anything was.
+
     Args:
         window_ids: int64 [B, N], root and drafts.
         draft_probs: float32 [B, K, V] the drafts were sampled from, or None when they were chosen without chance.
@@ -112,8 +122,11 @@ def accept_sampled(
         position: int32 [B], the root's position (``cache_len``); slot j uses the noise of ``position + 1 + j``.
 
     Returns:
-        emitted int64 [B, N], the last emitted token repeated behind ``accept_length``; accept_length int32 [B], 1..N.
+        emitted int64 [B, N], of which the first ``accept_length`` count; accept_length int32 [B], 1..N.
     """
+    if draft_probs is None:
+        ids = sample_slots(target_probs, seed, position)
+        return ids, accept_greedy(window_ids, ids)
     num_drafts = window_ids.shape[1] - 1
     slot = torch.arange(num_drafts + 1, device=window_ids.device)  # [N]
     first = position.long() + 1  # [B]
@@ -134,6 +147,9 @@ def accept_sampled_fake(window_ids, draft_probs, target_probs, seed, position) -
 def accept_sampled_cuda(window_ids, draft_probs, target_probs, seed, position) -> tuple[Tensor, Tensor]:
     from spec_compile.ops.kernels import round_ops
 
+    if draft_probs is None:
+        ids = sample_slots(target_probs, seed, position)
+        return ids, accept_greedy(window_ids, ids)
     return round_ops.accept_sampled(window_ids, draft_probs, target_probs, seed, position, ACCEPT_STREAM, TARGET_STREAM)
 
 

@@ -106,7 +106,7 @@ def emitted_law(target, proposal, claimed):
     Args:
         target: the target's language.
         proposal: the language the drafts are really sampled from.
-        claimed: what the draft says it sampled from; None says "chosen without chance".
+        claimed: what the draft says it sampled from.
     """
     joint = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64)
     acceptance = {}
@@ -116,7 +116,7 @@ def emitted_law(target, proposal, claimed):
             continue
         window = torch.tensor([[0, *draft]])
         target_probs = torch.stack([target[draft[:i]] for i in range(DRAFTS + 1)])[None]
-        draft_probs = claimed and torch.stack([claimed[draft[:i]] for i in range(DRAFTS)])[None]
+        draft_probs = torch.stack([claimed[draft[:i]] for i in range(DRAFTS)])[None]
         reached = drawn
         for stop in range(DRAFTS + 1):
             accept = 0.0
@@ -135,6 +135,23 @@ def emitted_law(target, proposal, claimed):
                     steps = [target[full[:i]][full[i]] for i in range(stop + 1, DRAFTS + 1)]
                     joint[full] += last[token] * (torch.stack(steps).prod() if steps else 1.0)
             reached *= accept
+    return joint
+
+
+def emitted_law_one_hot(target, draft):
+    """The same law for drafts chosen without chance: summed over all that the target can sample at the window's slots.
+
+    Args:
+        draft: the drafted tokens, DRAFTS of them.
+    """
+    joint = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64)
+    for sampled in itertools.product(range(VOCAB), repeat=DRAFTS + 1):
+        drawn = torch.stack([target[draft[:i]][token] for i, token in enumerate(sampled)]).prod()
+        length = int(accept_greedy(torch.tensor([[0, *draft]]), torch.tensor([sampled])))
+        for rest in itertools.product(range(VOCAB), repeat=DRAFTS + 1 - length):
+            full = sampled[:length] + rest
+            steps = [target[full[:i]][full[i]] for i in range(length, DRAFTS + 1)]
+            joint[full] += drawn * (torch.stack(steps).prod() if steps else 1.0)
     return joint
 
 
@@ -159,9 +176,9 @@ def test_enumeration_full_draft_distribution():
 
 
 def test_enumeration_one_hot_draft():
-    """An argmax draft that says so."""
-    target, draft = conditional_law(), argmax_of(conditional_law())
-    assert total_variation(emitted_law(target, draft, None), joint_law(target)) < 1e-6
+    """A draft looked up somewhere, or chosen by argmax, that says so."""
+    target, draft = conditional_law(), tuple(torch.randint(VOCAB, (DRAFTS,)).tolist())
+    assert total_variation(emitted_law_one_hot(target, draft), joint_law(target)) < 1e-6
 
 
 def test_enumeration_one_hot_given_as_probabilities():
@@ -312,8 +329,7 @@ def test_every_branch(accepted, full):
     emitted, length = accept_sampled(window, draft_probs, target_probs, seeds(32), int32([7] * 32))
     assert emitted.dtype == torch.int64 and length.dtype == torch.int32
     assert length.tolist() == [accepted + 1] * 32
-    expected = wanted[: accepted + 1] + [wanted[accepted]] * (3 - accepted)  # the last one repeated
-    assert emitted.tolist() == [expected] * 32
+    assert emitted[:, : accepted + 1].tolist() == [wanted[: accepted + 1]] * 32
 
 
 def test_equal_distributions_accept_everything():
@@ -335,7 +351,26 @@ def test_disjoint_supports_reject_everything():
     assert emitted[:, 0].unique().numel() == 4
 
 
-def test_a_rejected_one_hot_draft_is_not_sampled_again():
+def test_with_one_hot_drafts_the_text_does_not_depend_on_them():
+    """What is emitted is what sampling one token at a time emits, whatever was drafted and however much."""
+    probs, seed, position = torch.randn(200, 4, 5).softmax(-1), seeds(200), torch.randint(99, (200,), dtype=torch.int32)
+    alone = [
+        accept_sampled(torch.zeros(200, 1, dtype=torch.int64), None, probs[:, i : i + 1], seed, position + i)[0]
+        for i in range(4)
+    ]
+    alone = torch.cat(alone, 1)  # [200, 4]
+    lengths = []
+    for num_drafts in (1, 3):
+        window = torch.randint(5, (200, num_drafts + 1))
+        emitted, length = accept_sampled(window, None, probs[:, : num_drafts + 1], seed, position)
+        counts = torch.arange(num_drafts + 1) < length[:, None]
+        assert torch.equal(emitted[counts], alone[:, : num_drafts + 1][counts])
+        assert torch.equal(window[:, 1:][counts[:, 1:]], emitted[:, :-1][counts[:, 1:]]), "an accepted draft is emitted"
+        lengths += length.tolist()
+    assert set(lengths) == {1, 2, 3, 4}
+
+
+def test_a_one_hot_draft_is_accepted_with_its_probability():
     target = torch.tensor([0.5, 0.25, 0.25]).expand(512, 2, 3)
     emitted, length = accept_sampled(torch.zeros(512, 2, dtype=torch.int64), None, target, seeds(512), int32([0] * 512))
     rejected = length == 1
@@ -348,9 +383,6 @@ def test_no_residual_mass_falls_back_to_the_target():
     probs = torch.tensor([[[0.25, 0.75, 0.0]]])
     weights = residual_weights(torch.tensor([[0, 1]]), probs, probs.expand(1, 2, 3), torch.tensor([0]))
     assert weights.tolist() == [[0.25, 0.75, 0.0]]
-    certain_target = torch.tensor([[[0.0, 1.0, 0.0]] * 2])
-    weights = residual_weights(torch.tensor([[0, 1]]), None, certain_target, torch.tensor([0]))
-    assert weights.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_without_drafts_it_samples_the_target():
