@@ -83,12 +83,12 @@ def _decode_sync(
     engine: Engine, request: Request, state: DecodeState, timing: Timing, last: RoundResult
 ) -> Iterator[RoundResult]:
     """On a CPU the host knows each round's result at once, and may leave hopeless drafts out of the next."""
-    policy = DraftPolicy(engine.num_steps, timed=not request.plan.do_sample)
+    policy = DraftPolicy(tuple(engine.round_sizes()))
     knows = engine.draft is not None and engine.draft.kind == "ngram"
     while not all(last.finished):
         live = [i for i, done in enumerate(last.finished) if not done]
         promise = max(last.promise[i] for i in live) if knows else None
-        num_drafts = policy.choose(promise) if engine.chooses else engine.num_steps
+        num_drafts = policy.choose(promise)
         begin = time.perf_counter()
         engine.launch(state, request.plan, num_drafts)
         last = _read(state.out, len(request.prompts), num_drafts)
@@ -107,7 +107,7 @@ def _decode_async(
     The round launched after the last useful one changes nothing, because every row is finished by then.
     """
     batch = len(request.prompts)
-    slots = [torch.empty(state.out.shape, dtype=state.out.dtype, pin_memory=True) for _ in range(2)]
+    slots = [torch.empty(state.out.shape, dtype=state.out.dtype, device="cpu", pin_memory=True) for _ in range(2)]
     copied = [torch.cuda.Event() for _ in range(2)]
     started = time.perf_counter()
     pending = -1

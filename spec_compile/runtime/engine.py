@@ -24,6 +24,8 @@ from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
 
 log = logging.getLogger("spec_compile")
 
+# A window of three tokens costs a CPU about what one does: the widest that MKL still multiplies at memory speed.
+_SHORT_DRAFT = 2
 _SMALLEST_CAPACITY = 1024  # so that short calls do not make longer ones reallocate and recapture
 
 
@@ -115,7 +117,7 @@ class Engine:
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
-        variants = self.round_sizes(plan)
+        variants = self.round_sizes()
         with Progress("compiling", len(variants), self.config.progress) as progress:
             for num_drafts in variants:
                 progress.advance(f"rounds of {num_drafts + 1} tokens × {state.cache_len.shape[0]} rows")
@@ -123,16 +125,18 @@ class Engine:
                     self.draft.prepare(state.cache_len.shape[0], plan)
                 self._warm(state, plan, num_drafts)
 
-    def round_sizes(self, plan: SamplingPlan) -> list[int]:
-        """Numbers of drafts a round may have."""
+    def round_sizes(self) -> list[int]:
+        """Numbers of drafts a round may have, ascending."""
         if self.draft is None:
             return [0]
-        return [self.num_steps, 0] if self.chooses else [self.num_steps]
+        return sorted({0, min(_SHORT_DRAFT, self.num_steps), self.num_steps}) if self.chooses else [self.num_steps]
 
     @property
     def chooses(self) -> bool:
-        """Whether rounds may leave their drafts out: only where the host sees each round's result before the next."""
-        return self.config.adaptive and not self.hardware.is_cuda and self.config.simulate_accept_length is None
+        """Whether rounds may leave drafts out: where the host sees each round's result before the next, and where the draft
+        keeps no keys and values of its own, which would miss the tokens of such a round."""
+        able = self.draft is not None and self.draft.kind == "ngram" and not self.hardware.is_cuda
+        return able and self.config.adaptive and self.config.simulate_accept_length is None
 
     def _warm(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
         key = self._key(state, plan, num_drafts)

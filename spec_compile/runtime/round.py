@@ -28,12 +28,12 @@ def run_round(
     """Advance every unfinished row by 1 to ``num_drafts + 1`` tokens; the result stands in ``state.out``.
 
     Args:
-        num_drafts: K drafted tokens, 0 for plain decoding.
+        num_drafts: how many of the draft's K tokens to verify; 0 for plain decoding.
         simulate_accept_length: benchmarks only; see ``SpecConfig``.
     """
     root = state.tokens.gather(1, state.cache_len[:, None].long())  # [B, 1]
     proposal = draft.propose(state, plan) if draft is not None and num_drafts > 0 else None
-    window = root if proposal is None else torch.cat([root, proposal.tokens], 1)  # [B, N]
+    window = root if proposal is None else torch.cat([root, proposal.tokens[:, :num_drafts]], 1)  # [B, N]
     result = verify(target, window, state, argmax=plan.ids_only)
     emitted, accept_length = _accept(window, proposal, result, state, plan)
     if simulate_accept_length is not None and num_drafts > 0:
