@@ -201,18 +201,18 @@ def _cascade_merge_kernel(
         length = ahead + prefix - end
         for start in range(0, length, BLOCK_E):
             index = start + tl.arange(0, BLOCK_E)
-            slot = tl.where(index < ahead, low + index, end + index - ahead)
-            slot_ok = index < length
-            page = tl.load(table + slot // PAGE_SIZE, mask=slot_ok, other=0).to(tl.int64)
-            k_rows = k_cache_ptr + page * stride_kcp + slot % PAGE_SIZE * stride_kcs
-            v_rows = v_cache_ptr + page * stride_vcp + slot % PAGE_SIZE * stride_vcs
-            k = tl.load(k_rows[:, None] + d[None, :], mask=slot_ok[:, None] & (d < D)[None, :], other=0.0)
-            v = tl.load(v_rows[:, None] + dv[None, :], mask=slot_ok[:, None] & (dv < DV)[None, :], other=0.0)
-            seen = slot_ok[None, :]
+            edge_slot = tl.where(index < ahead, low + index, end + index - ahead)
+            edge_slot_ok = index < length
+            edge_page = tl.load(table + edge_slot // PAGE_SIZE, mask=edge_slot_ok, other=0).to(tl.int64)
+            edge_k_rows = k_cache_ptr + edge_page * stride_kcp + edge_slot % PAGE_SIZE * stride_kcs
+            edge_v_rows = v_cache_ptr + edge_page * stride_vcp + edge_slot % PAGE_SIZE * stride_vcs
+            edge_k = tl.load(edge_k_rows[:, None] + d[None, :], mask=edge_slot_ok[:, None] & (d < D)[None, :], other=0.0)
+            edge_v = tl.load(edge_v_rows[:, None] + dv[None, :], mask=edge_slot_ok[:, None] & (dv < DV)[None, :], other=0.0)
+            edge_seen = edge_slot_ok[None, :]
             if HAS_WINDOW:
-                seen = seen & ((prefix + depth)[:, None] - slot[None, :] < window)
-            scores = tl.where(seen, logits(q, q, k, k, scale, softcap, False, HAS_SOFTCAP), float("-inf"))
-            peak, total, acc = online_softmax_step(scores, v, peak, total, acc)
+                edge_seen = edge_seen & ((prefix + depth)[:, None] - edge_slot[None, :] < window)
+            edge_scores = tl.where(edge_seen, logits(q, q, edge_k, edge_k, scale, softcap, False, HAS_SOFTCAP), float("-inf"))
+            peak, total, acc = online_softmax_step(edge_scores, edge_v, peak, total, acc)
 
     if WAIT:
         tl.extra.cuda.gdc_wait()
