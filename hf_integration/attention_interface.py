@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,10 @@ def attention_function(
     layer = module.layer_idx
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if hasattr(module, "kv_b_proj"):
+        if context.windows[layer] or softcap or s_aux is not None:
+            raise CaptureError(
+                f"{type(module).__name__}: latent attention with windows, softcap or sinks, which no op expresses."
+            )
         return _latent_attention(module, query, scale, layer, context), None
     out = torch.ops.spec_compile.attention(
         query.transpose(1, 2),
@@ -133,6 +138,11 @@ def _latent_attention(module: nn.Module, query: Tensor, scale: float, layer: int
 
     The key/value expansion that transformers traced before this call becomes dead code. Source: DeepSeek-V2, section 2.1.
     """
+    if type(module.kv_b_proj) is not nn.Linear or module.kv_b_proj.bias is not None:
+        raise CaptureError(
+            f"{type(module).__name__}: kv_b_proj is a {type(module.kv_b_proj).__name__}, and only a plain linear without bias "
+            "can be absorbed into the latent attention. Merge adapters first (model.merge_and_unload())."
+        )
     latent, rotary = context.cache.layers[layer].latest  # [B, 1, N, C], [B, 1, N, R]
     nope, v_head = module.qk_nope_head_dim, module.v_head_dim
     weight = module.kv_b_proj.weight.view(module.num_heads, nope + v_head, module.kv_lora_rank)  # [Hq, nope + Dv, C]
@@ -171,7 +181,9 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
         CaptureError: a layer type that is neither full nor sliding attention.
     """
     num_layers = config.num_hidden_layers
-    sliding = getattr(config, "sliding_window", None) or 0
+    # A config keeps attributes its class does not know: a stray key of another family's is none of this model's.
+    declared = hasattr(type(config), "sliding_window") or "sliding_window" in signature(type(config).__init__).parameters
+    sliding = (declared and config.sliding_window) or 0
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return [sliding] * num_layers

@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from spec_compile.hf_integration.rope import fixed_rope_length
+
 _PLAIN_LOOPS = {"_assisted_decoding": "assisted generation of transformers", "_beam_search": "beam search"}
 _KNOWN_KWARGS = {
     "attention_mask",
@@ -99,6 +101,9 @@ def why_plain(
         return "use_cache=False is not accelerated"
     if input_ids.shape[1] == 0 or "inputs_embeds" in model_kwargs:
         return "prompts given as inputs_embeds are not accelerated"
+    fixed = fixed_rope_length(model.config.get_text_config(decoder=True))
+    if fixed is not None and generation_config.max_length > fixed:
+        return f"texts that may pass {fixed} tokens, near where this model's rotary frequencies change, are not accelerated"
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
         return "past_key_values given by the caller is not accelerated"

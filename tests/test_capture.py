@@ -299,3 +299,18 @@ def test_outside_capture_our_attention_refuses_to_run():
     attention = tiny_model("llama").model.layers[0].self_attn
     with pytest.raises(CaptureError, match="outside capture"):
         attention_function(attention, torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), None)
+
+
+def test_a_stray_window_in_a_config_is_not_this_models():
+    """A config keeps keys its class does not know, and such a model attends to everything."""
+    assert layer_windows(tiny_model("llama", sliding_window=8).config) == [0, 0]
+    assert layer_windows(tiny_model("mistral", sliding_window=8).config) == [8, 8]
+
+
+def test_latent_attention_refuses_what_it_cannot_absorb():
+    model = tiny_model("deepseek_v3")
+    attention = model.model.layers[0].self_attn
+    attention.kv_b_proj = nn.Sequential(attention.kv_b_proj)
+    attention.kv_b_proj.weight = attention.kv_b_proj[0].weight
+    with pytest.raises(CaptureError, match="kv_b_proj is a Sequential"):
+        capture_window(model, 1, 2, "verify")

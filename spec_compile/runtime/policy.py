@@ -28,7 +28,10 @@ class DraftPolicy:
     seen: dict[int, list[_Position]] = field(default_factory=dict)  # promise -> one entry a draft position
 
     def choose(self, promise: int | None) -> int:
-        """Number of tokens to draft in the next round, one of ``sizes``: the fewest for a promise of 0, the most for a source without promises."""
+        """Number of tokens to draft in the next round, one of ``sizes``.
+
+        A promise of 0 gets the fewest, a source without promises the most.
+        """
         if promise == 0:
             return self.sizes[0]
         if promise is None:
