@@ -23,7 +23,6 @@ from torch import Tensor
 
 from spec_compile.ops import attention as generic
 from spec_compile.ops import providers
-from spec_compile.ops.kv_cache import to_cache
 from spec_compile.ops.providers import AttentionNode
 
 NAN = float("nan")
@@ -168,7 +167,7 @@ class Problem:
         """The generic op's output and caches in float64."""
         caches = [cache.double() for cache in self.caches]
         # A row's own window is seen as the cache holds it, so that N tokens at once and one by one see the same numbers.
-        q, new = self.new[0], [to_cache(x, self.caches[0].dtype) for x in self.new[1:]]
+        q, new = self.new[0], [generic.to_cache(x, self.caches[0].dtype) for x in self.new[1:]]
         tail = [x.double() if isinstance(x, Tensor) else x for x in self.tail]
         reference = getattr(torch.ops.spec_compile, self.case.op)
         out = reference(q.double(), *[x.double() for x in new], *caches, self.private, *self.rows[1:], *tail)

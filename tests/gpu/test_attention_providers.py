@@ -20,8 +20,12 @@ from spec_compile.ops.providers import PROVIDERS
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 FP8 = torch.float8_e4m3fn
-DTYPES = {"bf16": (torch.bfloat16, None), "fp16": (torch.float16, None), "fp32": (torch.float32, None)}
-DTYPES |= {"bf16_kv_fp8": (torch.bfloat16, FP8), "fp16_kv_fp8": (torch.float16, FP8)}
+DTYPES = {  # of the model, of the cache
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "fp32": (torch.float32, None),
+    "bf16_kv_fp8": (torch.bfloat16, FP8),
+}
 
 
 def refusal(provider: str, case: Case, dtypes: str, hardware: Hardware) -> str | None:
