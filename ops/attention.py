@@ -9,6 +9,9 @@ A row's key/value slot ``s`` lives in page ``page_table[row, s // page_size]`` a
 
 Page 0 is nobody's page: padding rows point at it and may write it.
 
+A cache may be of a narrower type than the queries. What it holds is what everyone sees: the tokens of the call itself are
+attended to as the cache holds them, so that a window of N tokens and N single tokens read the same numbers.
+
 The reference implementations run on any device without a host sync, in float32 (float64 for float64 inputs). They read
 every page a row *could* hold, which makes them slow: they define the result, providers make it fast.
 """
@@ -41,6 +44,22 @@ def cache_slots(page_table: Tensor, page_size: int) -> Tensor:
     return (page_table.long()[:, :, None] * page_size + offsets).flatten(1)
 
 
+def to_cache(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """``new`` as a cache of type ``dtype`` holds it, scale 1. What is too large saturates: float8_e4m3fn ends at 448, and a
+    plain conversion makes NaN of what lies beyond."""
+    if dtype == new.dtype:
+        return new
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(new.dtype).max:
+        new = new.clamp(-largest, largest)
+    return new.to(dtype)
+
+
+def as_cached(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """``new``, in its own type, as it reads when it comes back from a cache of type ``dtype``."""
+    return to_cache(new, dtype).to(new.dtype)
+
+
 def append_window(new: Tensor, cache: Tensor, page_table: Tensor, cache_len: Tensor) -> None:
     """Write ``new`` [B, N, ...] into the paged ``cache`` [P, page_size, ...] behind each row's ``cache_len``."""
     num_tokens, page_size = new.shape[1], cache.shape[1]
@@ -48,7 +67,7 @@ def append_window(new: Tensor, cache: Tensor, page_table: Tensor, cache_len: Ten
     column = position // page_size
     page = page_table.long().gather(1, column.clamp(max=page_table.shape[1] - 1))
     page = page.masked_fill(column >= page_table.shape[1], 0)  # what a row cannot hold goes to nobody's page
-    cache[page, position % page_size] = new.to(cache.dtype)
+    cache[page, position % page_size] = to_cache(new, cache.dtype)
 
 
 def masked_softmax_attend(
@@ -125,8 +144,8 @@ def attention(
         q: [B, N, Hq, D].
         k: [B, N, Hkv, D]; rotated, as it goes into the cache.
         v: [B, N, Hkv, Dv].
-        k_cache: [P, page_size, Hkv, D], written.
-        v_cache: [P, page_size, Hkv, Dv], written.
+        k_cache: [P, page_size, Hkv, D], written; q's type or a narrower one (see ``to_cache``).
+        v_cache: [P, page_size, Hkv, Dv], written; of k_cache's type.
         page_table: int32 [B, M].
         cache_len: int32 [B], tokens committed before this call.
         tree_mask: int32 [B, N, W] packed ancestor bits (self included), or None for a chain.
@@ -147,9 +166,7 @@ def attention(
 
 
 @attention.register_fake
-def attention_fake(
-    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
-) -> Tensor:
+def attention_fake(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
@@ -208,7 +225,7 @@ def write_packed(new: Tensor, cache: Tensor, page_table: Tensor, cu_seqlens: Ten
     """Write packed ``new`` [T, ...] into the paged ``cache``, each prompt from its row's slot 0."""
     row, position = packed_rows(cu_seqlens, new.shape[0])
     page_size = cache.shape[1]
-    cache[page_table.long()[row, position // page_size], position % page_size] = new.to(cache.dtype)
+    cache[page_table.long()[row, position // page_size], position % page_size] = to_cache(new, cache.dtype)
 
 
 @torch.library.custom_op("spec_compile::prefill_attention", mutates_args=("k_cache", "v_cache"))
@@ -237,6 +254,7 @@ def prefill_attention(
     """
     write_packed(k, k_cache, page_table, cu_seqlens)
     write_packed(v, v_cache, page_table, cu_seqlens)
+    k, v = as_cached(k, k_cache.dtype), as_cached(v, v_cache.dtype)
     visible = _packed_visibility(cu_seqlens, q.shape[0], window)
     return masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0].contiguous()
 
@@ -260,7 +278,7 @@ def mla_prefill_attention(
     """``prefill_attention`` in latent space, q [T, Hq, C + R], kv [T, C + R] -> [T, Hq, C]"""
     write_packed(kv, kv_cache, page_table, cu_seqlens)
     visible = _packed_visibility(cu_seqlens, q.shape[0], 0)
-    latent = kv[None, :, None]
+    latent = as_cached(kv, kv_cache.dtype)[None, :, None]
     return masked_softmax_attend(q[None], latent, latent[..., :v_dim], visible[None], scale, 0.0, None)[0].contiguous()
 
 

@@ -3,7 +3,7 @@
 Shapes: B rows, N window tokens, T packed prompt tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots,
 M pages a row can hold. A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``;
 page 0 is nobody's page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0
-too, never to a live one.
+too, never to a live one. A cache of a narrower type takes what ``ops.attention.to_cache`` makes of the values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spec_compile.ops.attention import packed_rows
+from spec_compile.ops.attention import packed_rows, to_cache
 
 
 def _window_places(page_table: Tensor, cache_len: Tensor, slot: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,8 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table:
     """
     slot = torch.arange(k.shape[1], device=k.device)[None]  # [1, N]
     page, offset = _window_places(page_table, cache_len, slot, k_cache.shape[1])
-    k_cache[page, offset] = k.to(k_cache.dtype)
-    v_cache[page, offset] = v.to(v_cache.dtype)
+    k_cache[page, offset] = to_cache(k, k_cache.dtype)
+    v_cache[page, offset] = to_cache(v, v_cache.dtype)
 
 
 @kv_write.register_fake
@@ -66,8 +66,8 @@ def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page
     page_size, columns = k_cache.shape[1], page_table.shape[1]
     page = page_table.long()[row, (position // page_size).clamp(max=columns - 1)]
     page = page.masked_fill(position >= columns * page_size, 0)
-    k_cache[page, position % page_size] = k.to(k_cache.dtype)
-    v_cache[page, position % page_size] = v.to(v_cache.dtype)
+    k_cache[page, position % page_size] = to_cache(k, k_cache.dtype)
+    v_cache[page, position % page_size] = to_cache(v, v_cache.dtype)
 
 
 @kv_write_packed.register_fake

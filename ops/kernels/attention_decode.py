@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.kernels.cache_dtype import to_cache
 from spec_compile.ops.kernels.decode_config import DecodeConfig, choose_config, choose_splits
 from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.split_kv import COUNTERS, merge_splits
@@ -57,6 +58,10 @@ def _attend_window(
         if not SHARED_KV:
             v_rows = v_ptr + col * stride_vn
             new_v = tl.load(v_rows[:, None] + dv[None, :], mask=col_ok[:, None] & (dv < DV)[None, :], other=0.0)
+        # The window is attended to as the cache holds it, in every tile alike.
+        new_k = to_cache(new_k, k_cache_ptr.dtype.element_ty)
+        new_kr = to_cache(new_kr, k_cache_ptr.dtype.element_ty)
+        new_v = to_cache(new_v, v_cache_ptr.dtype.element_ty)
         if m_tile == 0:
             slot = prefix + col
             column = tl.minimum(slot // PAGE_SIZE, table_columns - 1)
@@ -69,6 +74,7 @@ def _attend_window(
             if not SHARED_KV:
                 new_v_ptr = v_cache_ptr + new_page * stride_vcp + slot * stride_vcs
                 tl.store(new_v_ptr[:, None] + dv[None, :], new_v, mask=col_ok[:, None] & (dv < DV)[None, :])
+        new_k, new_kr, new_v = new_k.to(q.dtype), new_kr.to(q.dtype), new_v.to(q.dtype)
         seen = visible_columns(mask_ptr, token, row_ok, col, col_ok, stride_mn, stride_mw, WORDS, HAS_TREE)
         if HAS_WINDOW:
             col_depth = col
@@ -231,6 +237,7 @@ def _decode_kernel(
             kr = tl.load(k_rows[:, None] + rd[None, :], mask=live_slot[:, None] & (rd < D + R)[None, :], other=0.0)
         if not SHARED_KV:
             v = tl.load(v_rows[:, None] + dv[None, :], mask=live_slot[:, None] & (dv < DV)[None, :], other=0.0)
+        k, kr, v = k.to(q.dtype), kr.to(q.dtype), v.to(q.dtype)
         scores = logits(q, qr, k, kr, scale, softcap, HAS_ROPE, HAS_SOFTCAP)
         visible = live_slot[None, :]
         if HAS_WINDOW:
@@ -290,7 +297,7 @@ def attention_decode(
 
     Args:
         q: [B, N, Hq, D]; k: [B, N, Hkv, D]; v: [B, N, Hkv, Dv], or None: values are the first ``v_dim`` dims of k.
-        k_cache: [P, page_size, Hkv, D]; v_cache: [P, page_size, Hkv, Dv], or None like ``v``. Written.
+        k_cache: [P, page_size, Hkv, D]; v_cache: [P, page_size, Hkv, Dv], or None like ``v``; of any float type. Written.
         page_table, cache_len, tree_mask, scale, window, softcap, sinks: as in the generic op.
         num_sms, shared_memory: the device's multiprocessors and the shared memory of one program, in bytes.
         config, num_splits: override the choice, for tests and tuning.

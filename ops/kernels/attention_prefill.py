@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.attention import as_cached
 from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
 
 
@@ -263,7 +264,7 @@ def attention_prefill(
 
     Args:
         q: [T, Hq, D]; k: [T, Hkv, D]; v: [T, Hkv, Dv], or None: values are the first ``v_dim`` dims of k.
-        k_cache: [P, page_size, Hkv, D]; v_cache: [P, page_size, Hkv, Dv], or None like ``v``. Written.
+        k_cache: [P, page_size, Hkv, D]; v_cache: [P, page_size, Hkv, Dv], or None like ``v``; of any float type. Written.
         page_table, cu_seqlens, scale, window, softcap, sinks: as in the generic op.
         shared_memory: what one program may use, in bytes.
         config: overrides the choice, for tests and tuning.
@@ -277,6 +278,8 @@ def attention_prefill(
     rotary = 0 if v is not None else dims - v_dim
     config = config or choose_config(dims - rotary, v_dim, q.element_size(), shared_memory, num_tokens // max(num_rows, 1))
     out = torch.empty(num_tokens, num_heads, v_dim, dtype=q.dtype, device=q.device)
+    k = as_cached(k, k_cache.dtype)  # prompts are attended to as the cache holds them; a pass over T, beside attention's T²
+    v = None if v is None else as_cached(v, v_cache.dtype)
     value, value_cache = (v, v_cache) if v is not None else (k, k_cache)
     # A cap on registers is what lets two programs share a multiprocessor; it is an option of NVIDIA's compiler only.
     capped = config.max_registers is not None and torch.version.hip is None

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.kernels.cache_dtype import to_cache
 from spec_compile.ops.kernels.round_ops import _place, _rows
 
 
@@ -27,8 +28,8 @@ def _kv_write_packed_kernel(
     token = token.to(tl.int64)
     k = tl.load(k_ptr + token * k_stride_t + (i // D) * k_stride_h + i % D, mask=i < K_WIDTH)
     v = tl.load(v_ptr + token * v_stride_t + (i // DV) * v_stride_h + i % DV, mask=i < V_WIDTH)
-    tl.store(k_cache_ptr + place * K_WIDTH + i, k.to(k_cache_ptr.dtype.element_ty), mask=i < K_WIDTH)
-    tl.store(v_cache_ptr + place * V_WIDTH + i, v.to(v_cache_ptr.dtype.element_ty), mask=i < V_WIDTH)
+    tl.store(k_cache_ptr + place * K_WIDTH + i, to_cache(k, k_cache_ptr.dtype.element_ty), mask=i < K_WIDTH)
+    tl.store(v_cache_ptr + place * V_WIDTH + i, to_cache(v, v_cache_ptr.dtype.element_ty), mask=i < V_WIDTH)
 
 
 def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:

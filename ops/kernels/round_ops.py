@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.kernels.cache_dtype import to_cache
+
 MAX_NGRAM_BLOCK = 4096
 VOCAB_BLOCK = 2048
 MOVE_BLOCK = 256  # words of a cache row that one program moves
@@ -77,16 +79,15 @@ def _accept_greedy_kernel(window_ptr, target_ptr, length_ptr, N, BLOCK_N: tl.con
 
 @triton.jit
 def _count_accepted(window_ptr, draft_ptr, target_ptr, seed, first, N, V, stride_dn, stride_tn,
-                    FULL_DRAFT: tl.constexpr, STREAM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                    STREAM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Drafts accepted before the first rejection; the pointers are the row's."""
     slot = tl.arange(0, BLOCK_N)
     inside = slot < N - 1
     token = tl.load(window_ptr + slot + 1, mask=inside, other=-1)
     valid = inside & (token >= 0) & (token < V)
     ratio = tl.load(target_ptr + slot.to(tl.int64) * stride_tn + token, mask=valid, other=0.0)
-    if FULL_DRAFT:
-        # Rounded as the CPU rounds it, so that both accept the same drafts.
-        ratio = tl.div_rn(ratio, tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0))
+    # Rounded as the CPU rounds it, so that both accept the same drafts.
+    ratio = tl.div_rn(ratio, tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0))
     hit = valid & (_uniform(seed, first + slot, STREAM) < ratio)
     return tl.min(tl.where(hit, N, slot), 0)
 
@@ -102,7 +103,7 @@ def _best(weights, noise, token, inside):
 @triton.jit
 def _race_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_ptr, length_ptr, score_ptr, winner_ptr,
                  N, V, stride_db, stride_dn, stride_tb, stride_tn,
-                 OFFSET: tl.constexpr, FULL_DRAFT: tl.constexpr, ACCEPT: tl.constexpr, STREAM: tl.constexpr,
+                 OFFSET: tl.constexpr, HAS_DRAFT: tl.constexpr, ACCEPT: tl.constexpr, STREAM: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
     """Program (row, slice): the slice's winner of the residual's race, and of the target's, which may have to stand in.
 
@@ -115,24 +116,23 @@ def _race_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_ptr, leng
     target_ptr += row * stride_tb
     seed = tl.load(seed_ptr + row)
     first = tl.load(position_ptr + row).to(tl.int64) + OFFSET
-    accepted = _count_accepted(
-        window_ptr, draft_ptr, target_ptr, seed, first, N, V, stride_dn, stride_tn, FULL_DRAFT, ACCEPT, BLOCK_N
-    )
+    accepted = 0
+    if HAS_DRAFT:
+        accepted = _count_accepted(window_ptr, draft_ptr, target_ptr, seed, first, N, V, stride_dn, stride_tn, ACCEPT, BLOCK_N)
     token = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = token < V
-    target = tl.load(target_ptr + accepted.to(tl.int64) * stride_tn + token, mask=inside, other=0.0)
+    target_ptr += tl.cast(accepted, tl.int64) * stride_tn
+    target = tl.load(target_ptr + token, mask=inside, other=0.0)
     noise = _exponential(_noise_key(seed, first + accepted, STREAM), token)
     score, index = _best(target, noise, token, inside)
     place = row * parts + part
     fallback = place + tl.num_programs(0).to(tl.int64) * parts  # scores and winners: [2, B, S]
     tl.store(score_ptr + fallback, score)
     tl.store(winner_ptr + fallback, part * BLOCK_V + index)
-    if accepted < N - 1:
-        if FULL_DRAFT:
+    if HAS_DRAFT:  # noqa: SIM102 - decided when the kernel is compiled, the next condition on the device
+        if accepted < N - 1:
             weights = target - tl.load(draft_ptr + accepted.to(tl.int64) * stride_dn + token, mask=inside, other=0.0)
-        else:
-            weights = tl.where(token == tl.load(window_ptr + accepted + 1), 0.0, target)
-        score, index = _best(weights, noise, token, inside)
+            score, index = _best(weights, noise, token, inside)
     tl.store(score_ptr + place, score)
     tl.store(winner_ptr + place, part * BLOCK_V + index)
     if part == 0:
@@ -148,9 +148,7 @@ def _emit_kernel(window_ptr, length_ptr, score_ptr, winner_ptr, emitted_ptr, N, 
     score, index = tl.max(tl.load(score_ptr + row * S + part, mask=part < S, other=-2.0), 0, return_indices=True)
     place = row * S + index
     if score < 0:  # no residual mass was left
-        _, index = tl.max(
-            tl.load(score_ptr + (rows + row) * S + part, mask=part < S, other=-2.0), 0, return_indices=True
-        )
+        _, index = tl.max(tl.load(score_ptr + (rows + row) * S + part, mask=part < S, other=-2.0), 0, return_indices=True)
         place = (rows + row) * S + index
     last = tl.load(winner_ptr + place).to(tl.int64)
     accepted = tl.load(length_ptr + row) - 1
@@ -234,8 +232,8 @@ def _kv_write_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, cache_le
     i = tl.arange(0, BLOCK)
     k_from = k_ptr + row * k_stride_b + slot * k_stride_n + (i // D) * k_stride_h + i % D
     v_from = v_ptr + row * v_stride_b + slot * v_stride_n + (i // DV) * v_stride_h + i % DV
-    k = tl.load(k_from, mask=i < K_WIDTH).to(k_cache_ptr.dtype.element_ty)
-    v = tl.load(v_from, mask=i < V_WIDTH).to(v_cache_ptr.dtype.element_ty)
+    k = to_cache(tl.load(k_from, mask=i < K_WIDTH), k_cache_ptr.dtype.element_ty)
+    v = to_cache(tl.load(v_from, mask=i < V_WIDTH), v_cache_ptr.dtype.element_ty)
     tl.store(k_cache_ptr + place * K_WIDTH + i, k, mask=i < K_WIDTH)
     tl.store(v_cache_ptr + place * V_WIDTH + i, v, mask=i < V_WIDTH)
 
@@ -288,9 +286,7 @@ def accept_greedy(window_ids: Tensor, target_ids: Tensor) -> Tensor:
     return length
 
 
-def _race(
-    window_ids, draft_probs, target_probs, seed, position, offset, accept_stream, stream
-) -> tuple[Tensor, Tensor]:
+def _race(window_ids, draft_probs, target_probs, seed, position, offset, accept_stream, stream) -> tuple[Tensor, Tensor]:
     """(emitted int64 [B, N], accept_length int32 [B]); window_ids int64 [B, N], target_probs float32 [B, N, V]."""
     batch, num_tokens, vocab_size = target_probs.shape
     device = target_probs.device
@@ -299,15 +295,15 @@ def _race(
     winner = torch.empty(2, batch, parts, dtype=torch.int32, device=device)
     emitted = torch.empty(batch, num_tokens, dtype=torch.int64, device=device)
     length = torch.empty(batch, dtype=torch.int32, device=device)
-    full_draft = draft_probs is not None and num_tokens > 1
+    has_draft = draft_probs is not None and num_tokens > 1
     target_probs = _rows(target_probs)
-    draft_probs = _rows(draft_probs) if full_draft else target_probs
+    draft_probs = _rows(draft_probs) if has_draft else target_probs
     block_n = triton.next_power_of_2(num_tokens)
     with torch.cuda.device_of(target_probs):
         _race_kernel[(batch, parts)](
             window_ids, draft_probs, target_probs, seed.contiguous(), position.contiguous(), length, score, winner,
             num_tokens, vocab_size, draft_probs.stride(0), draft_probs.stride(1), target_probs.stride(0),
-            target_probs.stride(1), OFFSET=offset, FULL_DRAFT=full_draft, ACCEPT=accept_stream, STREAM=stream,
+            target_probs.stride(1), OFFSET=offset, HAS_DRAFT=has_draft, ACCEPT=accept_stream, STREAM=stream,
             BLOCK_N=block_n, BLOCK_V=VOCAB_BLOCK, num_warps=4,
         )  # fmt: skip
         _emit_kernel[(batch,)](
@@ -322,9 +318,7 @@ def sample_token(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> 
     return _race(no_window, None, probs.float()[:, None], seed, position, 0, 0, stream)[0][:, 0]
 
 
-def accept_sampled(
-    window_ids, draft_probs, target_probs, seed, position, accept_stream, stream
-) -> tuple[Tensor, Tensor]:
+def accept_sampled(window_ids, draft_probs, target_probs, seed, position, accept_stream, stream) -> tuple[Tensor, Tensor]:
     return _race(window_ids.contiguous(), draft_probs, target_probs, seed, position, 1, accept_stream, stream)
 
 
@@ -341,9 +335,7 @@ def commit_tokens(tokens, cache_len, finished, emitted, accept_length, end_len, 
     return count
 
 
-def ngram_propose(
-    tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: int, max_ngram: int
-) -> tuple[Tensor, Tensor]:
+def ngram_propose(tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: int, max_ngram: int) -> tuple[Tensor, Tensor]:
     batch, capacity = tokens.shape
     draft = torch.empty(batch, num_steps, dtype=torch.int64, device=tokens.device)
     length = torch.empty(batch, dtype=torch.int32, device=tokens.device)

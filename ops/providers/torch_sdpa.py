@@ -158,9 +158,7 @@ def mla_attention_torch(
         return generic.mla_attention._init_fn(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
     generic.append_window(kv, kv_cache, page_table, cache_len)
     latent = kv_cache[:, :, None]  # [P, page_size, 1, C + R]
-    return _attend_rows(
-        q, latent, latent[..., :v_dim], page_table, cache_len, tree_mask, scale, 0, 0.0, None
-    ).contiguous()
+    return _attend_rows(q, latent, latent[..., :v_dim], page_table, cache_len, tree_mask, scale, 0, 0.0, None).contiguous()
 
 
 mla_attention_torch.register_fake(generic.mla_attention_fake)
@@ -215,6 +213,7 @@ def prefill_attention_torch(
     """``prefill_attention`` in plain PyTorch; prompt by prompt on any device (reads ``cu_seqlens`` on the host)."""
     generic.write_packed(k, k_cache, page_table, cu_seqlens)
     generic.write_packed(v, v_cache, page_table, cu_seqlens)
+    k, v = generic.as_cached(k, k_cache.dtype), generic.as_cached(v, v_cache.dtype)
     if q.device.type != "cpu" and (softcap > 0 or sinks is not None or window > 0):
         visible = generic._packed_visibility(cu_seqlens, q.shape[0], window)
         return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
@@ -230,7 +229,7 @@ def mla_prefill_attention_torch(
 ) -> Tensor:
     """``mla_prefill_attention`` in plain PyTorch; prompt by prompt."""
     generic.write_packed(kv, kv_cache, page_table, cu_seqlens)
-    latent = kv[:, None]  # [T, 1, C + R]
+    latent = generic.as_cached(kv, kv_cache.dtype)[:, None]  # [T, 1, C + R]
     return _attend_prompts(q, latent, latent[..., :v_dim], cu_seqlens, scale, 0, 0.0, None)
 
 

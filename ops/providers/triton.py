@@ -19,6 +19,7 @@ from spec_compile.ops.providers.examples import example_arguments
 NAME = "triton"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KV_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 256, 512
 
 
@@ -37,8 +38,10 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
         return f"the kernels need compute capability 8.0 or newer, not {hardware.arch}"
     if node.dtype not in _DTYPES:
         return f"dtype {node.dtype} is not float16, bfloat16 or float32"
-    if node.kv_dtype != node.dtype:
-        return f"the cache's dtype {node.kv_dtype} differs from the queries' {node.dtype}"
+    if node.kv_dtype not in _KV_DTYPES or node.kv_dtype.itemsize > node.dtype.itemsize:
+        return f"the cache's dtype {node.kv_dtype} is not among those that queries of {node.dtype} can read"
+    if node.kv_dtype == torch.float8_e4m3fn and hardware.vendor == "nvidia" and int(hardware.arch.removeprefix("sm")) < 89:
+        return f"Triton has no float8_e4m3fn before compute capability 8.9, here it is {hardware.arch}"
     if node.page_size < 16 or node.page_size & (node.page_size - 1):
         return f"page size {node.page_size} is not a power of two of at least 16"
     if node.num_q_heads % node.num_kv_heads:
