@@ -3,8 +3,7 @@
 A provider is a module with four functions (see ``Provider``). What depends on a graph's lengths and page tables alone, not
 on a layer, can be computed once for all layers by a plan op (see ``Lowered``).
 
-Nothing of a provider's dependencies is imported before ``probe()``. ``PROVIDERS`` lists their module names in no order of
-preference; preference is the selection pass's business.
+Nothing of a provider's dependencies is imported before ``probe()``. ``docs/adding-a-provider.md`` shows how one is added.
 """
 
 from __future__ import annotations
@@ -18,8 +17,15 @@ from torch import Tensor
 
 from spec_compile.hardware import Hardware
 
-PROVIDERS = ("torch", "triton")
-_MODULES = {"torch": "torch_sdpa", "triton": "triton"}
+# Name -> module, in no order of preference (that is passes/preference.py). A kernel author's own module may be added here at
+# run time: PROVIDERS["mine"] = "my_package.my_provider", then backend="mine".
+PROVIDERS: dict[str, str] = {
+    "torch": "spec_compile.ops.providers.torch_sdpa",
+    "triton": "spec_compile.ops.providers.triton",
+    "fa4": "spec_compile.ops.providers.fa4",
+    "flashinfer": "spec_compile.ops.providers.flashinfer",
+    "aiter": "spec_compile.ops.providers.aiter",
+}
 
 
 @dataclass(frozen=True)
@@ -115,4 +121,4 @@ class Provider(Protocol):
 
 def load(name: str) -> Provider:
     """The provider module called ``name``; raises ``KeyError`` for an unknown name."""
-    return importlib.import_module(f"spec_compile.ops.providers.{_MODULES[name]}")
+    return importlib.import_module(PROVIDERS[name])
