@@ -1,5 +1,6 @@
 """FX passes, one a file, each usable alone: a ``StageGraph`` goes in, a ``StageGraph`` comes out.
 
-``graph`` (the form), ``stage``, ``narrow_logits``, ``fuse_linears``, ``select_backend``, ``lower``, ``partition``;
-``pipeline`` lists them in order. ``SPEC_COMPILE_LOGS=passes`` prints what each did.
+``graph`` (the form), ``stage``, ``narrow_logits``, ``fuse_linears``, ``partition``, ``select_backend`` (with its table in
+``preference``), ``lower``; ``pipeline`` lists them in order. ``SPEC_COMPILE_LOGS=passes`` prints what each did, ``+passes``
+its graph too.
 """

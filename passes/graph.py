@@ -37,7 +37,7 @@ class StageGraph:
 
     Attributes:
         gm: every placeholder carries ``meta["binding"]``; nodes carry Dynamo's ``meta["example_value"]`` fakes.
-        stage: ``"prefill"``, ``"verify"`` or ``"draft"``.
+        stage: ``"prefill"``, ``"verify"``, ``"draft"`` or ``"draft_extend"``.
         report: what each pass did, one line a pass.
     """
 
@@ -83,4 +83,5 @@ def finish(graph: StageGraph) -> StageGraph:
             graph.gm.graph.erase_node(node)
     graph.gm.graph.lint()
     graph.gm.recompile()
+    log.debug("[%s] %s", graph.stage, graph.gm.graph)
     return graph

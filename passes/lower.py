@@ -1,7 +1,7 @@
-"""Pass 5: provider ops in, generic ops out; what a provider computes once per graph, computed once.
+"""Pass 6: provider ops in, generic ops out; what a provider computes once per graph, computed once.
 
 Needs: ``select_backend`` has run. Leaves true: no generic attention op is in the graph; a plan op stands before the first
-attention op that uses it and carries ``meta["plan"]``, as do the nodes that unpack it.
+attention op that uses it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _plan_outputs(node: fx.Node, lowered: Lowered, plans: Plans) -> tuple[fx.Nod
             fakes = [fake(arg) if isinstance(arg, fx.Node) else arg for arg in call.args]
             with detect_fake_mode(fakes):
                 value = lowered.plan(*fakes)
-            call.meta |= {"example_value": value, "plan": True}
+            call.meta["example_value"] = value
             plans[key] = (call,)
             if not isinstance(value, Tensor):
                 plans[key] = tuple(graph.call_function(operator.getitem, (call, i)) for i in range(len(value)))
                 for output, tensor in zip(plans[key], value, strict=True):
-                    output.meta |= {"example_value": tensor, "plan": True}
+                    output.meta["example_value"] = tensor
     return plans[key]

@@ -1,21 +1,24 @@
-"""Pass 6: cut the graph at its attention ops into segments that Inductor compiles, each distinct one once.
+"""Pass 4: cut the graph at its attention ops into segments that Inductor compiles, each distinct one once.
 
 A cut at an opaque op costs no fusion, because nothing can fuse across it; and between two attention ops every layer
 looks alike (output projection, MLP, next norm, next query/key/value projection, rotary embedding), so a model of any depth
 has about three distinct segments. Source of the idea: vLLM's piecewise compilation; sharing segments is ours.
 
-Plans (see ``lower``) are cut out with the attention op they stand before, so that a layer with a plan before it has the
-same segments as one without.
+Providers are chosen after the cut, so that choosing again (a larger KV pool) leaves every compiled segment as it is.
 
-Needs: ``lower`` has run. Leaves true: the top graph holds provider ops and calls to segment modules, nothing else.
+Needs: a staged graph. Leaves true: the top graph holds generic attention ops and calls to segment modules, nothing else, and
+every node of it has its fake.
 """
 
 from __future__ import annotations
+
+import operator
 
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
 from spec_compile.passes.graph import StageGraph, fake, placeholders
+from spec_compile.passes.select_backend import is_attention
 
 
 def partition(graph: StageGraph) -> StageGraph:
@@ -25,14 +28,14 @@ def partition(graph: StageGraph) -> StageGraph:
     for node in graph.gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if _is_providers(node):
+        if is_attention(node):
             part_of[node] = current + 1
-            if not _is_plan(node):  # a plan shares the part of the attention op behind it
-                current += 2
+            current += 2
         else:
             part_of[node] = current
     top = split_module(graph.gm, graph.gm, lambda node: part_of[node], keep_original_order=True)
-    _inline_provider_ops(top)
+    _inline_attention(top)
+    _give_fakes(top)
     for node in placeholders(top):
         node.meta["binding"] = bindings[node.name]
     graph.gm = top
@@ -42,36 +45,34 @@ def partition(graph: StageGraph) -> StageGraph:
     return graph
 
 
-def _is_plan(node: fx.Node) -> bool:
-    return "plan" in node.meta
-
-
-def _is_providers(node: fx.Node) -> bool:
-    return "attention_node" in node.meta or _is_plan(node)
-
-
-def _inline_provider_ops(top: fx.GraphModule) -> None:
-    """Replace each submodule that split_module made of an attention op, and of plans before it, by these ops themselves."""
+def _inline_attention(top: fx.GraphModule) -> None:
+    """Replace each one-op submodule that split_module made of an attention op by the op itself."""
     for call in [n for n in top.graph.nodes if n.op == "call_module"]:
         inner = top.get_submodule(call.target)
         body = [n for n in inner.graph.nodes if n.op not in ("placeholder", "output")]
-        if not all(_is_providers(node) for node in body):
+        if len(body) != 1 or not is_attention(body[0]):
             continue
         values = dict(zip(placeholders(inner), call.args, strict=True))
         with top.graph.inserting_before(call):
-            for node in body:
-                values[node] = top.graph.node_copy(node, values.__getitem__)
-        (result,) = inner.graph.output_node().args
-        if isinstance(result, fx.Node):
-            call.replace_all_uses_with(values[result])
-        else:  # a plan that later layers use too
-            for getitem in list(call.users):
-                getitem.replace_all_uses_with(values[result[getitem.args[1]]])
-                top.graph.erase_node(getitem)
+            op = top.graph.node_copy(body[0], lambda n, values=values: values[n])
+        call.replace_all_uses_with(op)
         top.graph.erase_node(call)
         delattr(top, call.target)
     top.graph.lint()
     top.recompile()
+
+
+def _give_fakes(top: fx.GraphModule) -> None:
+    """The fakes of what segments return, which split_module leaves inside them."""
+    for call in [n for n in top.graph.nodes if n.op == "call_module"]:
+        (result,) = top.get_submodule(call.target).graph.output_node().args
+        if isinstance(result, fx.Node):
+            call.meta["example_value"] = fake(result)
+            continue
+        call.meta["example_value"] = tuple(fake(value) for value in result)
+        for user in call.users:
+            if user.target is operator.getitem:
+                user.meta["example_value"] = fake(result[user.args[1]])
 
 
 def segment_key(segment: fx.GraphModule) -> str:

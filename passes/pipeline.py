@@ -1,8 +1,12 @@
-"""The passes in order, per stage: the whole way from a captured forward to a graph of provider ops, on one screen."""
+"""The passes in order, per stage: the whole way from a captured forward to a graph of provider ops, on one screen.
+
+They run in two groups. ``prepare`` ends with segments that can be compiled, attention still generic. ``choose_kernels`` must
+know the cache (page size, type, most slots a row): it runs when a KV pool exists, and again when a larger one replaces it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import torch
 
 from spec_compile.hardware import Hardware
 from spec_compile.passes.fuse_linears import fuse_linears
@@ -10,24 +14,39 @@ from spec_compile.passes.graph import StageGraph
 from spec_compile.passes.lower import lower
 from spec_compile.passes.narrow_logits import narrow_logits
 from spec_compile.passes.partition import partition
-from spec_compile.passes.select_backend import Choice, select_backend
+from spec_compile.passes.select_backend import Backend, Choice, Tuner, select_backend
 from spec_compile.passes.stage import stage
 
 
-def run_passes(
-    graph: StageGraph, *, hardware: Hardware, backend: str | Mapping[str, str], page_size: int, argmax: bool
-) -> tuple[StageGraph, list[Choice]]:
-    """From a captured graph to segments and provider ops.
+def prepare(graph: StageGraph, *, argmax: bool) -> StageGraph:
+    """From a captured graph to segments between generic attention ops.
 
     Args:
         argmax: the stage's caller reads greedy token ids, not logits.
-
-    Returns:
-        The partitioned graph, and which provider runs which attention nodes.
     """
     graph = stage(graph)  # window or packed prompts
     graph = narrow_logits(graph, argmax=argmax)  # before fusion, which must not see the head twice
     graph = fuse_linears(graph)
-    choices = select_backend(graph, hardware, backend, page_size)
-    graph = lower(graph)
-    return partition(graph), choices
+    return partition(graph)
+
+
+def choose_kernels(
+    graph: StageGraph,
+    *,
+    hardware: Hardware,
+    backend: Backend,
+    page_size: int,
+    kv_dtype: torch.dtype | None = None,
+    max_context: int | None = None,
+    tuner: Tuner | None = None,
+) -> tuple[StageGraph, list[Choice]]:
+    """A copy of a prepared graph with provider ops in it; the segments' modules are shared with ``graph``.
+
+    Args: as ``select_backend``.
+
+    Returns:
+        The lowered graph, and which provider runs which attention nodes.
+    """
+    graph = graph.copy()
+    choices = select_backend(graph, hardware, backend, page_size, kv_dtype=kv_dtype, max_context=max_context, tuner=tuner)
+    return lower(graph), choices

@@ -1,12 +1,18 @@
-"""Pass 4: give every attention node a provider, by hardware and by what the node needs.
+"""Pass 5: give every attention node a provider, by hardware and by what the node needs.
 
-Needs: a staged graph. Leaves true: every attention node carries ``meta["provider"]``; the graph's targets are untouched
-(``lower`` replaces them), so the choice can be read and tested without any kernel.
+Needs: a staged graph, cut or not. Leaves true: every attention node carries ``meta["provider"]`` and
+``meta["attention_node"]``; the graph's targets are untouched (``lower`` replaces them), so the choice can be read and tested
+without any kernel. What is preferred where stands in ``preference.py``; what a provider cannot do it says itself.
+
+A stage may be forced to a provider of its own (a hybrid, as SGLang's prefill and decode backends are: PR 9573). Stages meet
+only in the paged cache, whose layout is the same for all of them. Whatever else a provider reads (folded page tables, lengths
+that include the window, packed masks, the fill value of padding rows) it derives inside its own stage's graph from that
+graph's ``page_table`` and ``cache_len`` (``providers.Lowered``), so one stage cannot be run with another's metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +23,12 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode
 from spec_compile.passes.graph import StageGraph, fake
+from spec_compile.passes.preference import STAGES, rule_for
 
 ATTENTION_OPS = ("attention", "mla_attention", "prefill_attention", "mla_prefill_attention")
-STAGES = ("prefill", "verify", "draft")
+AUTO, TUNE = "auto", "tune"
 
-# Best first, by vendor. A provider's own ``supports`` says what it cannot do; this says what is preferred.
-_PREFERENCE = {"cpu": ("torch",), "nvidia": ("triton", "torch"), "amd": ("triton", "torch")}
+Backend = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,48 +43,100 @@ class Choice:
     losers: dict[str, str] = field(default_factory=dict, hash=False)
 
 
-def candidates(hardware: Hardware, backend: str | Mapping[str, str], stage: str) -> tuple[str, ...]:
-    """Providers to try, best first: all of the hardware's with ``"auto"``, the named one alone otherwise.
+@dataclass(frozen=True)
+class Measured:
+    """What a tuner found out about a node's candidates.
+
+    Attributes:
+        microseconds: of one call, by provider.
+        failed: why a candidate could not be timed, by provider.
+        source: when and how, for ``explain()``.
+    """
+
+    microseconds: Mapping[str, float]
+    failed: Mapping[str, str]
+    source: str
+
+
+Tuner = Callable[[AttentionNode, tuple[str, ...]], Measured]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the user asked for
+
+
+def check_backend(backend: Backend) -> None:
+    """Look at all of ``backend``, so that a typing error shows before anything is compiled.
 
     Raises:
-        BackendError: an unknown provider or stage name.
+        BackendError: an unknown provider or stage name; lists the known ones.
     """
     if isinstance(backend, Mapping):
         unknown = sorted(set(backend) - set(STAGES))
         if unknown:
             raise BackendError(f"backend={dict(backend)!r}: unknown stages {unknown}; stages are {', '.join(STAGES)}.")
-        backend = backend.get(stage, "auto")
-    if backend == "auto":
-        return _PREFERENCE[hardware.vendor]
-    if backend not in providers.PROVIDERS:
-        raise BackendError(
-            f"backend={backend!r} is not a provider; choose 'auto', one of {', '.join(providers.PROVIDERS)}, "
-            "or a dict of these per stage."
-        )
-    return (backend,)
+    for name in backend.values() if isinstance(backend, Mapping) else (backend,):
+        if name not in (AUTO, TUNE, *providers.PROVIDERS):
+            raise BackendError(
+                f"backend={name!r} is not a provider; choose 'auto', 'tune', one of {', '.join(providers.PROVIDERS)}, "
+                "or a dict of these per stage."
+            )
 
 
-def select_backend(graph: StageGraph, hardware: Hardware, backend: str | Mapping[str, str], page_size: int) -> list[Choice]:
+def wanted(backend: Backend, stage: str) -> str:
+    """What ``backend`` says about ``stage``: a provider's name, ``"auto"`` or ``"tune"``.
+
+    A dict's ``draft`` speaks for ``draft_extend`` too unless that has its own entry; stages it does not name are automatic.
+
+    Raises:
+        BackendError: as ``check_backend``.
+    """
+    check_backend(backend)
+    if isinstance(backend, str):
+        return backend
+    if stage == "draft_extend" and stage not in backend:
+        stage = "draft"
+    return backend.get(stage, AUTO)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pass
+
+
+def select_backend(
+    graph: StageGraph,
+    hardware: Hardware,
+    backend: Backend = AUTO,
+    page_size: int = 64,
+    *,
+    kv_dtype: torch.dtype | None = None,
+    max_context: int | None = None,
+    tuner: Tuner | None = None,
+) -> list[Choice]:
     """Choose a provider for each attention node of ``graph``.
 
     Args:
-        backend: ``"auto"``, a provider's name, or a dict of these by stage.
+        backend: ``"auto"``, ``"tune"``, a provider's name, or a dict of these by stage.
         page_size: slots in a cache page.
+        kv_dtype: type of the cache; None for the queries'.
+        max_context: most slots of a row, where a pool exists.
+        tuner: measures candidates for ``"tune"``; without one that is ``"auto"``.
 
     Returns:
         One ``Choice`` per distinct node; layers that need the same share one.
 
     Raises:
-        BackendError: no candidate can run a node; names the node and each candidate's reason.
+        BackendError: no candidate can run a node, or not the forced one; names the node, the reasons and the way out.
     """
-    names = candidates(hardware, backend, graph.stage)
+    want = wanted(backend, graph.stage)
     grouped: dict[AttentionNode, list[tuple[int, fx.Node]]] = {}
     for layer, node in enumerate(attention_nodes(graph)):
-        grouped.setdefault(describe(node, graph.stage, page_size), []).append((layer, node))
+        description = describe(node, graph.stage, page_size, kv_dtype, max_context)
+        grouped.setdefault(description, []).append((layer, node))
     choices = []
     for description, members in grouped.items():
         layers = tuple(layer for layer, _ in members)
-        choice = choose(description, layers, hardware, names)
+        choice = choose(description, layers, hardware, want, tuner)
         choices.append(choice)
         for _, node in members:
             node.meta["provider"] = choice.provider
@@ -87,34 +145,143 @@ def select_backend(graph: StageGraph, hardware: Hardware, backend: str | Mapping
     return choices
 
 
-def choose(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, names: tuple[str, ...]) -> Choice:
-    """The first of ``names`` that is installed and supports ``node``; every other provider with its reason."""
+def choose(
+    node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, want: str = AUTO, tuner: Tuner | None = None
+) -> Choice:
+    """The provider of ``node``: what ``want`` forces, measures, or leaves to the table. Raises as ``select_backend``."""
+    if want == TUNE and tuner is not None and hardware.is_cuda:
+        return _choose_fastest(node, layers, hardware, tuner)
+    if want in (AUTO, TUNE):
+        choice = _choose_preferred(node, layers, hardware)
+        if want == AUTO:
+            return choice
+        when = "nothing was measured yet" if hardware.is_cuda else "tuning measures GPUs only"
+        return Choice(choice.stage, node, layers, choice.provider, f"{when}: {choice.reason}", choice.losers)
+    reason = refusal(want, node, hardware)
+    if reason is not None:
+        raise BackendError(
+            f"backend={want!r} cannot run {_call(node, layers)} on {hardware.arch}: {reason}\n" + _way_out(want, node, hardware)
+        )
+    losers = {name: "not asked for" for name in providers.PROVIDERS if name != want}
+    return Choice(node.stage, node, layers, want, f"forced by backend={want!r}", losers)
+
+
+def refusal(name: str, node: AttentionNode, hardware: Hardware) -> str | None:
+    """None when ``name`` can run ``node`` here, else why not: what it cannot do, or how to install it."""
+    provider = providers.load(name)
+    return provider.supports(node, hardware) or provider.probe().problem
+
+
+def _choose_preferred(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware) -> Choice:
+    rule = rule_for(node, hardware)
     losers: dict[str, str] = {}
-    for name in names:
-        provider = providers.load(name)
-        availability = provider.probe()
-        reason = availability.problem if not availability.ok else provider.supports(node, hardware)
+    for name in rule.providers:
+        reason = refusal(name, node, hardware)
         if reason is None:
-            why = "forced" if len(names) == 1 and hardware.is_cuda else f"first of {', '.join(names)} on {hardware.arch}"
-            rest = {n: f"{name} comes first" for n in names if n != name and n not in losers}
-            return Choice(node.stage, node, layers, name, why, losers | rest)
+            why = f"first of {', '.join(rule.providers)} on {hardware.arch}; {rule.reason}"
+            return Choice(node.stage, node, layers, name, why, losers | _behind(name, losers, rule.providers, node, hardware))
         losers[name] = reason
+    raise _nobody(node, layers, hardware, losers)
+
+
+def _behind(
+    winner: str, losers: Mapping[str, str], order: tuple[str, ...], node: AttentionNode, hardware: Hardware
+) -> dict[str, str]:
+    """A reason for everyone whom the choice did not reach; asks what they support, but probes nobody."""
+    rest = [n for n in (*order, *providers.PROVIDERS) if n != winner and n not in losers]
+    return {
+        name: providers.load(name).supports(node, hardware)
+        or (f"{winner} comes first" if name in order else f"not in the order for {hardware.arch}")
+        for name in dict.fromkeys(rest)
+    }
+
+
+def _choose_fastest(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, tuner: Tuner) -> Choice:
+    order = rule_for(node, hardware).providers
+    losers = {name: reason for name in order if (reason := refusal(name, node, hardware)) is not None}
+    able = tuple(name for name in order if name not in losers)
+    if not able:
+        raise _nobody(node, layers, hardware, losers)
+    if len(able) == 1:
+        losers |= _behind(able[0], losers, order, node, hardware)
+        return Choice(node.stage, node, layers, able[0], f"the only one that can on {hardware.arch}", losers)
+    measured = tuner(node, able)
+    losers |= measured.failed
+    times = {name: time for name, time in measured.microseconds.items() if name in able}
+    if not times:
+        raise _nobody(node, layers, hardware, losers)
+    winner = min(times, key=times.__getitem__)
+    losers |= {name: f"{time:.1f} µs" for name, time in times.items() if name != winner}
+    losers |= _behind(winner, losers, order, node, hardware)
+    why = f"fastest, {times[winner]:.1f} µs a call; {measured.source}"
+    return Choice(node.stage, node, layers, winner, why, losers)
+
+
+def _nobody(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, losers: Mapping[str, str]) -> BackendError:
     tried = "\n".join(f"  {name}: {reason}" for name, reason in losers.items())
-    raise BackendError(
-        f"no provider for {node.op} in the {node.stage} graph (layers {_span(layers)}; head_dim {node.head_dim}, "
-        f"{node.num_q_heads}/{node.num_kv_heads} heads, {node.dtype}) on {hardware.arch}:\n{tried}\n"
-        "Use backend='auto', or another provider for this stage with backend={'" + node.stage + "': ...}."
+    return BackendError(
+        f"no provider for {_call(node, layers)} on {hardware.arch}:\n{tried}\n"
+        "Install one of those that are only missing, or change what the node needs (page_size, kv_cache_dtype, dtype)."
     )
 
 
-def _span(layers: tuple[int, ...]) -> str:
-    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0])
+def _way_out(forced: str, node: AttentionNode, hardware: Hardware) -> str:
+    """Whom to use instead: the first in the table's order that can, else the first that could once it is installed."""
+    missing = ""
+    for name in rule_for(node, hardware).providers:
+        provider = providers.load(name)
+        if name == forced or provider.supports(node, hardware) is not None:
+            continue
+        problem = provider.probe().problem
+        if problem is None:
+            return f"The nearest that can is {name}: backend={{{node.stage!r}: {name!r}}}, or backend='auto'."
+        missing = missing or f"The nearest that could is {name}, but: {problem}"
+    return missing or "No provider can."
+
+
+def _call(node: AttentionNode, layers: tuple[int, ...]) -> str:
+    """A node in words, for errors."""
+    return f"{node.op} in the {node.stage} graph (layers {span(layers)}; {needs(node)})"
+
+
+def span(layers: tuple[int, ...]) -> str:
+    """Layer numbers in words: ``"0–31"``, ``"0, 2, 4, …, 30"``, ``"3"``."""
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return str(first)
+    if len(layers) == last - first + 1:
+        return f"{first}–{last}"
+    return ", ".join(map(str, layers)) if len(layers) <= 4 else f"{layers[0]}, {layers[1]}, {layers[2]}, …, {last}"
+
+
+def needs(node: AttentionNode) -> str:
+    """What a node asks of a kernel, in words."""
+    head = f"{node.head_dim}" if node.head_dim == node.v_head_dim else f"{node.head_dim}/{node.v_head_dim}"
+    words = [f"{node.num_q_heads}/{node.num_kv_heads} heads × {head}", str(node.dtype).removeprefix("torch.")]
+    words += [f"{str(node.kv_dtype).removeprefix('torch.')} cache"] if node.kv_dtype != node.dtype else []
+    words += [f"{node.batch} rows × {node.num_tokens} tokens"] if node.batch is not None else []
+    words += ["a tree"] if node.is_tree else []
+    words += [f"window {node.window}"] if node.window else []
+    words += ["sinks"] if node.has_sinks else []
+    words += [f"softcap {node.softcap:g}"] if node.softcap else []
+    words += [f"pages of {node.page_size}"]
+    words += [f"at most {node.max_context} slots a row"] if node.max_context is not None else []
+    return ", ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention nodes of a graph
 
 
 def attention_nodes(graph: StageGraph) -> list[fx.Node]:
     """The generic attention nodes in layer order."""
+    return [n for n in graph.gm.graph.nodes if is_attention(n)]
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether ``node`` calls a generic attention op."""
     packets = {getattr(torch.ops.spec_compile, name) for name in ATTENTION_OPS}
-    return [n for n in graph.gm.graph.nodes if n.op == "call_function" and _packet(n) in packets]
+    return node.op == "call_function" and _packet(node) in packets
 
 
 def _packet(node: fx.Node) -> object:
@@ -122,7 +289,13 @@ def _packet(node: fx.Node) -> object:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
 
 
-def describe(node: fx.Node, stage: str, page_size: int) -> AttentionNode:
+def describe(
+    node: fx.Node,
+    stage: str,
+    page_size: int,
+    kv_dtype: torch.dtype | None = None,
+    max_context: int | None = None,
+) -> AttentionNode:
     """What a provider may know of an attention node, read from its fakes and constant arguments."""
     op = _packet(node).__name__
     packed = op in ("prefill_attention", "mla_prefill_attention")
@@ -149,5 +322,6 @@ def describe(node: fx.Node, stage: str, page_size: int) -> AttentionNode:
         has_sinks=sinks is not None,
         is_tree=tree_mask is not None,
         dtype=query.dtype,
-        kv_dtype=query.dtype,
+        kv_dtype=kv_dtype or query.dtype,
+        max_context=max_context,
     )

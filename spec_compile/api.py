@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 from transformers import PreTrainedModel
 
 from spec_compile.config import SpecConfig
@@ -12,11 +13,15 @@ from spec_compile.drafts import make_draft
 from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import detect_hardware
+from spec_compile.passes.select_backend import check_backend
+from spec_compile.runtime import kv_pool
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.tune import AttentionTuner
 
 
+@torch.inference_mode(False)  # or parameters that are fused here could never be trained again
 def spec_compile(
     model: PreTrainedModel,
     draft: str | PreTrainedModel | None = "ngram",
@@ -34,7 +39,9 @@ def spec_compile(
         model: a causal language model on a CPU or CUDA device, in eval mode for generation.
         draft: ``"ngram"``, a smaller causal LM with the same tokenizer (object, path or hub id), or None for compiled
             decoding without speculation.
-        backend: attention provider: ``"auto"``, a name, or a dict by stage (``"prefill"``, ``"verify"``, ``"draft"``).
+        backend: attention kernels: ``"auto"`` (by hardware and need), ``"tune"`` (the fastest, timed once on this device and
+            remembered), a provider's name, or a dict of these by stage (``"prefill"``, ``"verify"``, ``"draft"``,
+            ``"draft_extend"``): ``{"prefill": "flashinfer", "verify": "fa4"}``. A stage the dict leaves out is automatic.
         config: options; see ``SpecConfig``.
         **overrides: single fields of ``SpecConfig`` by keyword.
 
@@ -54,6 +61,7 @@ def spec_compile(
     if unknown:
         raise ConfigError(f"unknown options {unknown}; SpecConfig has {', '.join(sorted(known))}.")
     config = dataclasses.replace(config or SpecConfig(), **overrides)
+    check_backend(backend)
     if getattr(model, "spec", None) is not None:
         model.spec.remove()  # compiling again replaces, it does not stack
 
@@ -63,13 +71,16 @@ def spec_compile(
             f"the model's parameters are on {sorted(devices)}; spec_compile needs all on one device "
             "(load with device_map={'': 0}, or model.to('cuda'))."
         )
-    hardware = detect_hardware(model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    hardware = detect_hardware(device)
     compiler = SegmentCompiler(config.compile, hardware)
+    tuner = AttentionTuner(hardware, device, config.progress)
 
     def make_runner(module: PreTrainedModel, stage: str = "draft") -> ModelRunner:
         return ModelRunner(
-            module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size
-        )
+            module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
+            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner,
+        )  # fmt: skip
 
     target = make_runner(model, "verify")
     source = make_draft(draft, model, config, make_runner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec_compile.passes.select_backend import Choice
+from spec_compile.passes.select_backend import Choice, needs, span
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner
 
@@ -27,18 +27,18 @@ def _runner(role: str, runner: ModelRunner) -> list[str]:
     lines = []
     for name, choices in runner.choices.items():
         lines.append(f"{role} graph: {name}")
-        lines += [f"  {_choice(choice)}" for choice in choices]
+        for choice in choices:
+            lines += [f"  {line}" for line in _choice(choice)]
         lines += [f"  {line}" for line in runner.reports[name] if not line.startswith("select_backend")]
     return lines
 
 
-def _choice(choice: Choice) -> str:
-    node = choice.node
-    first, last = choice.layers[0], choice.layers[-1]
-    layers = f"layer {first}" if first == last else f"{len(choice.layers)} layers of {first}–{last}"
-    needs = [f"{node.num_q_heads}/{node.num_kv_heads} heads × {node.head_dim}", str(node.dtype).removeprefix("torch.")]
-    needs += [f"window {node.window}"] if node.window else []
-    needs += ["sinks"] if node.has_sinks else []
-    needs += [f"softcap {node.softcap:g}"] if node.softcap else []
-    losers = "".join(f"; not {name}: {reason}" for name, reason in choice.losers.items())
-    return f"{layers} ({node.op}, {', '.join(needs)}): {choice.provider} ({choice.reason}){losers}"
+def _choice(choice: Choice) -> list[str]:
+    """The winner of a layer group with its reason, then the losers with theirs; equal reasons share a line."""
+    word = "layer" if len(choice.layers) == 1 else "layers"
+    lines = [f"{word} {span(choice.layers)} ({choice.node.op}, {needs(choice.node)})"]
+    lines.append(f"  {choice.provider}: {choice.reason}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in choice.losers.items():
+        by_reason.setdefault(reason, []).append(name)
+    return lines + [f"  not {', '.join(names)}: {reason}" for reason, names in by_reason.items()]

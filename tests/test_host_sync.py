@@ -66,9 +66,10 @@ class FakeRounds:
         self._fakes: dict[int, Tensor] = {}
         self.target, draft = self._runner("verify"), self._runner("draft")
         for argmax in (True, False):
-            for runner, sizes in ((self.target, (NUM_STEPS + 1, 1)), (draft, (2, 1))):
-                for num_tokens in sizes:
-                    runner.window_program(ROWS, num_tokens, argmax=argmax)
+            for num_tokens in (NUM_STEPS + 1, 1):
+                self.target.window_program(ROWS, num_tokens, argmax=argmax)
+            for num_tokens, stage in ((2, "draft_extend"), (1, "draft")):
+                draft.window_program(ROWS, num_tokens, argmax=argmax, stage=stage)
         for runner in (self.target, draft):
             for program in runner._programs.values():
                 program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]

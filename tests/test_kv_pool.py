@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_model
 
 from spec_compile.hardware import Hardware
-from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops import providers
+from spec_compile.ops.providers import AttentionNode, torch_sdpa
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.kv_pool import KVPool, LayerLayout, allocate, layouts
 from spec_compile.runtime.model_runner import ModelRunner
@@ -110,10 +111,49 @@ def test_programs_follow_the_pool():
     program = grown.window_program(2, 3, argmax=True)
     for capacity in (32, 64):
         grown.reserve(2, capacity)
+        assert program.bound == [], "nothing can run over the old pool's memory"
+        assert grown.window_program(2, 3, argmax=True) is program, "captured and compiled once"
         later = grown.window_program(2, 2, argmax=True)
         caches = {id(cache) for cache in grown.pool.caches.values()}
         for bound in (program.bound, later.bound, grown.prefill_program(argmax=False).bound):
             assert caches <= {id(value) for value in bound}
+
+
+class Asked:
+    """The torch provider, which remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.lowered: list[AttentionNode] = []
+        self.warmed: list[AttentionNode] = []
+
+    probe, supports = staticmethod(torch_sdpa.probe), staticmethod(torch_sdpa.supports)
+
+    def lower(self, node: AttentionNode) -> object:
+        self.lowered.append(node)
+        return torch_sdpa.lower(node)
+
+    def warm_up(self, node: AttentionNode, device: torch.device) -> None:
+        self.warmed.append(node)
+
+
+def test_a_larger_pool_has_kernels_chosen_anew(monkeypatch: pytest.MonkeyPatch):
+    asked = Asked()
+    monkeypatch.setattr(providers, "load", lambda name: asked)
+    grown = runner(Hardware("nvidia", "sm90", 1, "a GPU in name"))
+    assert [n.max_context for n in asked.lowered] == [None] and asked.warmed == [], "there is no pool to choose for yet"
+    segments = []
+    for capacity in (32, 64):
+        asked.lowered.clear(), asked.warmed.clear()
+        grown.reserve(2, capacity)
+        assert grown.choices == {}, "what was chosen for the old pool holds no more"
+        for _ in range(3):
+            program = grown.window_program(2, 3, argmax=True)
+        (node,) = asked.lowered
+        assert asked.warmed == [node] and (node.stage, node.num_tokens, node.max_context) == ("verify", 3, capacity)
+        (choice,) = grown.choices["verify, 2 rows × 3 tokens"]
+        assert choice.node == node
+        segments.append([id(module) for module in program.gm.children()])
+    assert segments[0] and segments[0] == segments[1], "segments stay what they were"
 
 
 def test_gpu_rows_are_paged_and_their_capacity_is_whole_pages():

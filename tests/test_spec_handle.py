@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from spec_compile import spec_compile
+from spec_compile.ops import providers
 
 PROMPT = 11
 
@@ -95,8 +96,13 @@ def test_explain_names_provider_graph_and_reason(pair) -> None:
     text = model.spec.explain()
     assert re.search(r"^draft: ngram, 3 tokens a round$", text, re.M)
     assert "target graph: prefill" in text and "target graph: verify, 3 rows × 4 tokens" in text
-    line = next(line for line in text.splitlines() if "(attention," in line)
-    assert re.search(r"2 layers of 0–1 .*4/2 heads × 16, float32.*: torch \(first of torch on cpu\)$", line), line
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if "(attention," in line)
+    assert re.match(r"  layers 0–1 \(attention, 4/2 heads × 16, float32, 3 rows × 4 tokens, .*slots a row\)$", lines[first])
+    assert re.match(r"    torch: first of torch on cpu; ", lines[first + 1])
+    losers = re.findall(r"^    not ([\w, ]+): (.+)$", text, re.M)
+    named = {name for names, _ in losers for name in names.split(", ")}
+    assert named == set(providers.PROVIDERS) - {"torch"} and all(reason for _, reason in losers)
 
 
 def test_explain_names_the_layers_that_differ() -> None:

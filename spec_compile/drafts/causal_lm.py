@@ -12,6 +12,7 @@ from spec_compile.drafts.base import Proposal
 from spec_compile.errors import DraftError
 from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import StageProgram
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 # Checkpoints of one family pad their vocabularies differently (Qwen2.5: 151936 and 152064); more is another tokenizer.
@@ -21,8 +22,8 @@ _MAX_VOCAB_PADDING = 1024
 class CausalLMDraft:
     """K single-token forwards a round, over the draft's own KV pool.
 
-    The first forward is fed the last *two* known tokens: when a whole draft was accepted, the last drafted token is not
-    in the draft's cache yet, and writing one slot twice costs less than a forward to fill it.
+    The first forward (stage ``draft_extend``) is fed the last *two* known tokens: when a whole draft was accepted, the last
+    drafted token is not in the draft's cache yet, and writing one slot twice costs less than a forward to fill it.
 
     Raises:
         DraftError: the vocabularies are too different for one tokenizer.
@@ -52,8 +53,13 @@ class CausalLMDraft:
         return self.runner.reserve(rows, capacity)
 
     def prepare(self, rows: int, plan: SamplingPlan) -> None:
+        self.runner.prefill_program(argmax=True)
         for num_tokens in (2, 1):
-            self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan))
+            self._program(rows, num_tokens, plan)
+
+    def _program(self, rows: int, num_tokens: int, plan: SamplingPlan) -> StageProgram:
+        stage = "draft" if num_tokens == 1 else "draft_extend"
+        return self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
 
     def prefill(self, prompts: list[Tensor], state: DecodeState) -> None:
         known = [p.clamp(max=self.draft_vocab_size - 1) for p in prompts]
@@ -70,7 +76,7 @@ class CausalLMDraft:
             num_tokens = window.shape[1]
             cache_len = start if step == 0 else (start + (1 + step)).to(torch.int32)
             positions = state.positions(cache_len, num_tokens).clamp(max=self.max_position)
-            result = self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan))(
+            result = self._program(rows, num_tokens, plan)(
                 input_ids=window.clamp(max=self.draft_vocab_size - 1),
                 position_ids=positions,
                 page_table=state.page_table,

@@ -111,12 +111,14 @@ class Engine:
         if moved or self._buffers is None:
             if self.graphs is not None:
                 self.graphs.clear()
-                self._warmed.clear()
+            if self.hardware.is_cuda:
+                self._warmed.clear()  # kernels are chosen anew, and some of them built
             pages = self.target.pool.page_table.shape[1]
             self._buffers = new_state(rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens)
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
+        self.target.prefill_program(argmax=plan.ids_only)
         variants = self.round_sizes()
         with Progress("compiling", len(variants), self.config.progress) as progress:
             for num_drafts in variants:
@@ -193,14 +195,16 @@ class Engine:
         batch = len(request.prompts)
         for row, prompt in enumerate(request.prompts):
             state.tokens[row, : len(prompt)] = prompt.to(self.device)
-        lengths = torch.tensor([len(p) for p in request.prompts], dtype=torch.int32)
-        state.cache_len[:batch] = (lengths - 1).to(self.device)
-        state.end_len[:batch] = torch.tensor(request.end_len, dtype=torch.int32).to(self.device)
-        state.min_len[:batch] = torch.tensor(request.min_len, dtype=torch.int32).to(self.device)
-        state.seed[:batch] = torch.tensor(request.seed, dtype=torch.int64).to(self.device)
+        for tensor, values in (
+            (state.cache_len, [len(p) - 1 for p in request.prompts]),
+            (state.end_len, request.end_len),
+            (state.min_len, request.min_len),
+            (state.seed, request.seed),
+        ):
+            tensor[:batch] = torch.tensor(values, dtype=tensor.dtype, device=self.device)
         state.page_table[:batch] = self.target.pool.page_table[:batch]
         state.finished[:batch] = False
-        state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64).to(self.device)
+        state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64, device=self.device)
         state.temperature.fill_(request.temperature)
         state.top_k.fill_(request.top_k)
         state.top_p.fill_(request.top_p)
@@ -218,10 +222,10 @@ class Engine:
             self.draft.prefill(request.prompts, live)
         commit(self.draft, live, self.first_tokens(result, live, plan)[:, None], torch.ones_like(live.cache_len))
 
-    def weights_moved(self) -> bool:
-        """Whether the target's or the draft's parameters were replaced or moved since they were compiled."""
+    def model_changed(self) -> bool:
+        """Whether the target or the draft is no longer what was captured."""
         runners = [self.target, getattr(self.draft, "runner", None)]
-        return any(r.weights_moved() for r in runners if r is not None)
+        return any(r.model_changed() for r in runners if r is not None)
 
     def captured(self) -> list[tuple[str, int]]:
         """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""

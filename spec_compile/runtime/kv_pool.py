@@ -10,6 +10,13 @@ from torch import Tensor
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.program import Caches
 
+_KV_CACHE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
+
+
+def kv_dtype(name: str) -> torch.dtype | None:
+    """The type that ``SpecConfig.kv_cache_dtype`` names; None for ``"auto"``, the model's own."""
+    return None if name == "auto" else _KV_CACHE_DTYPES[name]
+
 
 @dataclass(frozen=True)
 class LayerLayout:

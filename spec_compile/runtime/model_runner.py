@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,10 +12,11 @@ from transformers import PreTrainedModel
 
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
+from spec_compile.hf_integration.fingerprint import fingerprint
 from spec_compile.ops import providers
 from spec_compile.passes.graph import StageGraph
-from spec_compile.passes.pipeline import run_passes
-from spec_compile.passes.select_backend import Choice
+from spec_compile.passes.pipeline import choose_kernels, prepare
+from spec_compile.passes.select_backend import Backend, Choice, Tuner, choose, wanted
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_program
 
@@ -21,9 +24,18 @@ from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_pr
 class ModelRunner:
     """Captures, lowers and runs one model.
 
+    Kernels are chosen when a program is first used over a pool, and again when a larger pool replaces it, because the choice
+    may depend on the most slots a row can have. Segments stay compiled; captured CUDA graphs are void then anyway.
+
     Args:
         stage: ``"verify"`` for a target, ``"draft"`` for a draft; what ``backend``'s dict is keyed by.
         page_size: slots a page on a GPU; on a CPU a row has one page.
+        kv_dtype: type of the caches; None for the model's own.
+        tuner: measures providers for ``backend="tune"``.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        BackendError: no provider, or not the forced one, can run its attention.
     """
 
     def __init__(
@@ -32,36 +44,50 @@ class ModelRunner:
         *,
         stage: str,
         hardware: Hardware,
-        backend: str | Mapping[str, str],
+        backend: Backend,
         compiler: SegmentCompiler,
         page_size: int,
+        kv_dtype: torch.dtype | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
-        self.page_size = page_size
+        self.page_size, self.kv_dtype, self.tuner = page_size, kv_dtype, tuner
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.choices: dict[str, list[Choice]] = {}  # graph name -> providers, for explain()
         self.reports: dict[str, list[str]] = {}
         self.pool: kv_pool.KVPool | None = None
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
-        self._weights: list[int] = []
-        self._layouts: list[kv_pool.LayerLayout] | None = None
+        self._fingerprint: list[object] = []
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
         self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
-        self.prefill_program(argmax=False)  # fails early on a model that cannot be captured, and tells the KV layout
+        # Fails early on a model that cannot be captured or has no kernels, and tells the layout of the caches.
+        self.prefill_program(argmax=False)
+        self._layouts = kv_pool.layouts(self.choices["prefill"])
+        self._check_window_stages()
+
+    def _check_window_stages(self) -> None:
+        """Ask for single tokens what can be asked before windows are captured, so that a forced provider fails at once."""
+        for stage in ("draft", "draft_extend") if self.stage == "draft" else (self.stage,):
+            for choice in self.choices["prefill"]:
+                op = choice.node.op.replace("prefill_", "")
+                node = dataclasses.replace(choice.node, op=op, stage=stage, batch=1, num_tokens=1)
+                choose(node, choice.layers, self.hardware, wanted(self.backend, stage))
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
         """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token."""
         return self._program(("prefill",), lambda: capture_prefill(self.model), argmax, self._prefill_compiler)
 
-    def window_program(self, batch: int, num_tokens: int, *, argmax: bool) -> StageProgram:
-        """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens]."""
+    def window_program(self, batch: int, num_tokens: int, *, argmax: bool, stage: str | None = None) -> StageProgram:
+        """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens].
+
+        Args:
+            stage: None for the runner's own; a draft also has ``"draft_extend"``, known tokens that its cache lacks.
+        """
+        stage = stage or self.stage
         return self._program(
-            (self.stage, batch, num_tokens),
-            lambda: capture_window(self.model, batch, num_tokens, self.stage),
-            argmax,
-            self.compiler,
+            (stage, batch, num_tokens), lambda: capture_window(self.model, batch, num_tokens, stage), argmax, self.compiler
         )
 
     def _program(
@@ -71,35 +97,44 @@ class ModelRunner:
         if key not in self._programs:
             if shape not in self._captured:
                 self._captured[shape] = capture()
-            graph, choices = run_passes(
-                self._captured[shape].copy(),
-                hardware=self.hardware,
-                backend=self.backend,
-                page_size=self.page_size,
-                argmax=argmax,
-            )
+            graph = prepare(self._captured[shape].copy(), argmax=argmax)
+            self._programs[key] = build_program(graph, compiler, single_token=shape[1:] == (1, 1))
+            self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
+        program = self._programs[key]
+        if not program.bound:
+            name = shape[0] if shape[0] == "prefill" else f"{shape[0]}, {shape[1]} rows × {shape[2]} tokens"
+            self._choose_kernels(name, program)
+        return program
+
+    def _choose_kernels(self, name: str, program: StageProgram) -> None:
+        """Choose and install kernels; over a pool also measure, build and warm up, and bind the caches."""
+        start = time.perf_counter()
+        graph, choices = choose_kernels(
+            program.graph,
+            hardware=self.hardware,
+            backend=self.backend,
+            page_size=self.page_size if self.pool is None else self.pool.page_size,
+            kv_dtype=self.kv_dtype,
+            max_context=None if self.pool is None else self.pool.capacity,
+            tuner=None if self.pool is None else self.tuner,
+        )
+        self.choices[name], self.reports[name] = choices, graph.report
+        program.install(graph)
+        if self.pool is not None:
             for choice in choices:
                 providers.load(choice.provider).warm_up(choice.node, self.device)
-            name = shape[0] if shape[0] == "prefill" else f"{shape[0]}, {shape[1]} rows × {shape[2]} tokens"
-            self.choices[name], self.reports[name] = choices, graph.report
-            self._layouts = self._layouts or kv_pool.layouts(choices)
-            self._programs[key] = build_program(graph, compiler, single_token=shape[1:] == (1, 1))
-            if self.pool is not None:
-                self._programs[key].bind(self.pool.caches)
-            self._weights = self._weight_addresses()  # fusing may just have moved them
-        return self._programs[key]
+            program.bind(self.pool.caches)
+        self.compiler.seconds += time.perf_counter() - start
 
-    def _weight_addresses(self) -> list[int]:
-        return [p.data_ptr() for p in self.model.parameters()]
-
-    def weights_moved(self) -> bool:
-        """Whether the model's parameters are no longer the tensors the programs are bound to (``.to()``, replaced layers)."""
-        return self._weights != self._weight_addresses()
+    def model_changed(self) -> bool:
+        """Whether the model is no longer what was captured: moved or replaced tensors and modules, hooks, adapters."""
+        return self._fingerprint != fingerprint(self.model)
 
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make sure the pool has ``rows`` rows of ``capacity`` slots; True when it was (re)allocated.
 
-        A new pool moves every cache, so CUDA graphs captured over the old one are void.
+        A new pool moves every cache, so CUDA graphs captured over the old one are void, and every program chooses its
+        kernels anew when it is next used.
         """
         if self.pool is not None and self.pool.rows >= rows and self.pool.capacity >= capacity:
             return False
@@ -108,11 +143,11 @@ class ModelRunner:
         self.pool = None  # free the old one first
         for program in self._programs.values():
             program.bound = []
+        self.choices.clear()
+        self.reports.clear()
         page_size = self.page_size if self.hardware.is_cuda else capacity
         capacity = -(-capacity // page_size) * page_size
         self.pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
-        for program in self._programs.values():
-            program.bind(self.pool.caches)
         return True
 
     def release(self) -> None:
@@ -134,10 +169,10 @@ class ModelRunner:
         program = self.prefill_program(argmax=argmax)
         out = []
         for first, group in _groups(prompts, max_tokens):
-            lengths = torch.tensor([len(p) for p in group])
-            cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+            lengths = torch.tensor([0] + [len(p) for p in group], device="cpu")  # a default device may be set
+            cu_seqlens = lengths.cumsum(0)
             packed = torch.cat(group)[None]  # [1, T]
-            positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
+            positions = torch.cat([torch.arange(len(p), device="cpu") for p in group])[None]
             result = program(
                 input_ids=packed.to(self.device),
                 position_ids=positions.to(self.device),

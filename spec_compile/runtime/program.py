@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import pathlib
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import spec_compile.ops
 from spec_compile.hardware import Hardware
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.partition import segment_key
+from spec_compile.runtime.device_time import graph_milliseconds
 
 Caches = dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv") -> [P, page_size, ...]
 
@@ -55,7 +55,7 @@ class SegmentCompiler:
 
     Attributes:
         mode: ``"inductor"`` or ``"none"``.
-        seconds: time spent compiling.
+        seconds: time spent compiling, choosing and building kernels included.
     """
 
     mode: str
@@ -91,7 +91,7 @@ class SegmentCompiler:
                 for options in _inductor_options(self.hardware, single_token)
             ]
             if len(candidates) > 1:
-                candidates.sort(key=lambda artifact: _device_time(artifact, args))
+                candidates.sort(key=lambda artifact: graph_milliseconds(functools.partial(artifact, *args)))
             self.artifacts[key] = candidates[0]
             self.seconds += time.perf_counter() - start
         return self.artifacts[key]
@@ -123,24 +123,6 @@ def _inductor_options(hardware: Hardware, single_token: bool) -> list[dict[str, 
     return [plain, {"triton.cudagraphs": False, "coordinate_descent_tuning": True}] if single_token else [plain]
 
 
-def _device_time(artifact: Callable, args: tuple) -> float:
-    """Milliseconds of one call on the device, from replays of a CUDA graph (launching would hide the kernels' time)."""
-    artifact(*args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        artifact(*args)
-    times = []
-    for _ in range(15):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 class CompiledSegment(nn.Module):
     """A segment that compiles itself on its first call."""
 
@@ -163,19 +145,25 @@ class StageProgram:
     """A stage, ready to run: ``program(input_ids=…, position_ids=…, page_table=…, …)`` returns logits or token ids.
 
     Attributes:
-        report: what each pass did.
+        graph: segments in the form that runs, attention ops still generic: what kernels are chosen for, again and again.
+        gm: the same with the chosen providers' ops.
+        bound: an argument for each input of ``gm``, runtime inputs as they are; empty before ``bind``.
     """
 
-    gm: fx.GraphModule
-    bindings: list
-    report: list[str]
+    graph: StageGraph
+    gm: fx.GraphModule | None = None
     bound: list = field(default_factory=list)
+
+    def install(self, lowered: StageGraph) -> None:
+        """Run ``lowered`` from now on: a copy of ``graph`` with provider ops. Unbinds."""
+        self.gm, self.bound = lowered.gm, []
 
     def bind(self, caches: Caches) -> None:
         """Fix every weight and cache; only runtime inputs stay open."""
+        bindings = [node.meta["binding"] for node in placeholders(self.gm)]
         self.bound = [
             caches[b.layer, b.part] if isinstance(b, CacheSlot) else b if isinstance(b, RuntimeInput) else b.detach()
-            for b in self.bindings
+            for b in bindings
         ]
 
     @torch.no_grad()
@@ -185,6 +173,6 @@ class StageProgram:
 
 
 def build_program(graph: StageGraph, compiler: SegmentCompiler, *, single_token: bool) -> StageProgram:
-    """The program of a partitioned graph; unbound. ``single_token`` as in ``SegmentCompiler.prepare``."""
-    bindings = [node.meta["binding"] for node in placeholders(graph.gm)]
-    return StageProgram(compiler.prepare(graph.gm, single_token=single_token), bindings, graph.report)
+    """The program of a partitioned graph, without kernels yet. ``single_token`` as in ``SegmentCompiler.prepare``."""
+    compiler.prepare(graph.gm, single_token=single_token)
+    return StageProgram(graph)

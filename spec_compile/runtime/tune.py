@@ -1,0 +1,189 @@
+"""``backend="tune"``: candidates timed on the device, in the shapes of the model, and remembered on disk.
+
+A candidate is timed as it will run: a window inside a CUDA graph, with its plan computed once for all layers; packed prompts
+launched from the host. Layers have caches of their own, as in a model, so that no kernel reads from L2 what it would find in
+memory otherwise. Rows are three quarters full, the mean of a pool that doubles when it is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spec_compile.cache_dir import cache_dir
+from spec_compile.hardware import Hardware
+from spec_compile.ops import providers
+from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops.providers.examples import CACHE_PLACES, example_arguments
+from spec_compile.passes.select_backend import Measured
+from spec_compile.runtime.device_time import eager_milliseconds, graph_milliseconds
+from spec_compile.runtime.program import source_hash
+from spec_compile.runtime.progress import Progress
+
+log = logging.getLogger("spec_compile")
+
+FILE_NAME = "attention-tuning.json"
+_MAX_LAYERS = 16
+_PROMPT_TOKENS = 2048
+
+TimeCandidate = Callable[[AttentionNode, str, torch.device], float]
+
+
+class AttentionTuner:
+    """Times the candidates of attention nodes; a ``Tuner`` for ``select_backend``.
+
+    Args:
+        show_progress: a bar while something is timed.
+        path: the file that remembers; None for the one in the user's cache directory.
+        time_candidate: microseconds of (node, provider) on a device; what tests replace.
+    """
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        device: torch.device,
+        show_progress: bool = True,
+        path: Path | None = None,
+        time_candidate: TimeCandidate | None = None,
+    ) -> None:
+        self.hardware, self.device, self.show_progress = hardware, device, show_progress
+        self.path = path or cache_dir() / FILE_NAME
+        self.time_candidate = time_candidate or microseconds
+
+    def __call__(self, node: AttentionNode, names: tuple[str, ...]) -> Measured:
+        """Times of every provider in ``names`` for ``node``: remembered ones where nothing that matters has changed."""
+        key = self.key(node, names)
+        known = _read(self.path).get(key)
+        if known is not None:
+            return Measured(known["microseconds"], known["failed"], f"measured earlier on this {self.hardware.name}")
+        times: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        with Progress(f"timing {node.stage} attention", len(names), self.show_progress) as progress:
+            for name in names:
+                progress.advance(name)
+                try:
+                    times[name] = self.time_candidate(node, name, self.device)
+                except torch.OutOfMemoryError:
+                    failed[name] = "out of memory while it was timed"
+                    torch.cuda.empty_cache()
+                except Exception as error:  # one provider's failure must not take the others' measurement with it
+                    log.warning("timing %s for %s attention failed", name, node.stage, exc_info=True)
+                    failed[name] = f"failed while it was timed: {type(error).__name__}: {error}".splitlines()[0]
+        if not failed:  # memory may be free, or a build mended, the next time
+            _remember(self.path, key, {"microseconds": times, "failed": failed})
+        return Measured(times, failed, f"measured now on this {self.hardware.name}")
+
+    def key(self, node: AttentionNode, names: tuple[str, ...]) -> str:
+        """Everything a time depends on, as text: device, versions of what runs, our own sources, the node."""
+        import triton
+
+        return json.dumps(
+            {
+                "device": self.hardware.name,
+                "arch": self.hardware.arch,
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "providers": {name: str(providers.load(name).probe().version) for name in names},
+                "sources": source_hash(),
+                "node": {name: str(value) for name, value in dataclasses.asdict(node).items()},
+            },
+            sort_keys=True,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One candidate
+
+
+def microseconds(node: AttentionNode, name: str, device: torch.device) -> float:
+    """Microseconds of one layer's call of ``node`` by provider ``name``, its share of the plan included."""
+    provider = providers.load(name)
+    provider.warm_up(node, device)
+    lowered = providers.as_lowered(provider.lower(node))
+    layers = example_layers(node, device)
+
+    def step() -> None:
+        planned: tuple[Tensor, ...] = ()
+        if lowered.plan is not None:
+            result = lowered.plan(*lowered.row_arguments(layers[0]), *lowered.plan_args)
+            planned = (result,) if isinstance(result, Tensor) else result
+        for args in layers:
+            lowered.op(*args, *planned)
+
+    milliseconds = eager_milliseconds if node.num_tokens is None else graph_milliseconds
+    with torch.cuda.device(device), torch.no_grad():
+        return milliseconds(step) * 1e3 / len(layers)
+
+
+def example_layers(node: AttentionNode, device: torch.device) -> list[tuple]:
+    """Arguments of as many layers as it takes to read well past the L2 cache, each with caches of its own."""
+    capacity = node.max_context or 4 * _PROMPT_TOKENS
+    if node.num_tokens is None:
+        first = example_arguments(node, device, num_tokens=max(1, min(_PROMPT_TOKENS, capacity * 3 // 4)), context=0)
+    else:
+        first = example_arguments(node, device, context=max(0, capacity * 3 // 4 - node.num_tokens))
+    places = CACHE_PLACES[node.op]
+    layer_bytes = sum(first[place].nbytes for place in places)
+    count = num_layers(layer_bytes, *_memory(device))
+    layers = [first]
+    for _ in range(count - 1):
+        layers.append(tuple(arg.clone() if place in places else arg for place, arg in enumerate(first)))
+    return layers
+
+
+def num_layers(layer_bytes: int, l2_bytes: int, free_bytes: int) -> int:
+    """Layers whose caches together are three times the L2 cache, at most 16 and a quarter of the free memory."""
+    wanted = min(_MAX_LAYERS, max(4, -(-3 * l2_bytes // layer_bytes)))
+    return max(1, min(wanted, free_bytes // 4 // layer_bytes))
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """(bytes of L2 cache, free bytes)"""
+    return torch.cuda.get_device_properties(device).L2_cache_size, torch.cuda.mem_get_info(device)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def _read(path: Path) -> dict[str, dict]:
+    """Remembered entries; none where the file is missing or not ours (it is then written anew)."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for entry in entries.values():
+            {str(name): float(time) for name, time in entry["microseconds"].items()}
+            entry["failed"].items()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        log.warning("%s cannot be read (%s); attention is timed again", path, error)
+        return {}
+    return entries
+
+
+def _remember(path: Path, key: str, entry: Mapping[str, object]) -> None:
+    """Add an entry. The file is replaced as a whole, so that a reader never sees half of one; a file that cannot be written
+    costs the next process its time, nothing else."""
+    entries = {**_read(path), key: entry}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(entries, file, indent=1, sort_keys=True)
+            os.replace(scratch, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(scratch)
+            raise
+    except OSError as error:
+        log.warning("cannot write %s (%s): attention will be timed again by the next process", path, error)
