@@ -95,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Check hardware, versions, kernel providers and compilers. Exit code 1 when something needed is missing.",
     )
     doctor.set_defaults(run=_run_doctor)
-    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    form = doctor.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON")
+    form.add_argument("--markdown", action="store_true", help="print docs/support-matrix.md: who can do what on which hardware")
     doctor.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
 
     generate = commands.add_parser(
@@ -121,7 +123,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
     parser.add_argument(
         "--draft", default="ngram", metavar="DRAFT", help="ngram, none, or path or hub id of a smaller model (default: ngram)"
     )
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="attention kernel provider (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="attention kernel provider, auto or tune (default: auto)"
+    )
     parser.add_argument(
         "--compile",
         choices=("inductor", "none"),
@@ -261,7 +265,7 @@ def _run_demo(args: argparse.Namespace) -> int:
 def _run_doctor(args: argparse.Namespace) -> int:
     from spec_compile.doctor import run_doctor
 
-    return run_doctor(as_json=args.json, no_color=args.no_color)
+    return run_doctor(as_json=args.json, no_color=args.no_color, markdown=args.markdown)
 
 
 def _run_generate(args: argparse.Namespace) -> int:

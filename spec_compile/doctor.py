@@ -36,8 +36,13 @@ class Check:
     fix: str = ""
 
 
-def run_doctor(as_json: bool = False, no_color: bool = False) -> int:
-    """Print the report; 0 when spec_compile can run here, else 1."""
+def run_doctor(as_json: bool = False, no_color: bool = False, markdown: bool = False) -> int:
+    """Print the report; 0 when spec_compile can run here, else 1. ``markdown`` prints the support matrix instead."""
+    if markdown:
+        from spec_compile.support_matrix import markdown as support_matrix
+
+        print(support_matrix(), end="")
+        return 0
     checks = examine()
     ready = not any(check.status == "problem" for check in checks)
     if as_json:
@@ -129,20 +134,28 @@ def _memory_bytes() -> int | None:
 
 
 def _providers() -> list[Check]:
-    from spec_compile.ops.providers import PROVIDERS, load
+    """Each provider with its version and what it can do on this machine, from the same table as ``docs/support-matrix.md``."""
+    import torch
 
+    from spec_compile.hardware import detect_hardware
+    from spec_compile.ops.providers import PROVIDERS, load
+    from spec_compile.support_matrix import preferred_stages, summary, support_rows
+
+    hardware = detect_hardware("cuda:0" if torch.cuda.is_available() else "cpu")
     checks = []
     for name in PROVIDERS:
         try:
             availability = load(name).probe()
+            (row,) = support_rows(hardware, (name,))
         except Exception as error:  # a broken install must not hide the rest of the report
             detail = f"cannot be probed: {type(error).__name__}: {error}"
             checks.append(Check("Attention kernels", name, "problem", detail, "reinstall it, or report this"))
             continue
-        if availability.ok:
-            checks.append(Check("Attention kernels", name, "ok", str(availability.version)))
-        else:
-            checks.append(Check("Attention kernels", name, "optional", str(availability.problem)))
+        first = [stage for stage, place in preferred_stages(name, hardware).items() if place == 1]
+        words = [str(availability.version if availability.ok else availability.problem), f"on {hardware.arch}: {summary(row)}"]
+        words += [f"first choice for {', '.join(first)}"] if first else []
+        usable = availability.ok and row.refusal is None
+        checks.append(Check("Attention kernels", name, "ok" if usable else "optional", "; ".join(words)))
     return checks
 
 

@@ -262,6 +262,9 @@ def test_doctor_survives_a_provider_that_cannot_be_probed(monkeypatch):
         def probe(self):
             return providers.Availability(None, "not installed: pip install kernels-of-ours")
 
+        def supports(self, node, hardware):
+            return None
+
     def load(name: str):
         if name == "torch":
             raise OSError("libfoo.so.3: cannot open shared object file")
