@@ -1,8 +1,9 @@
 """Triton kernels of cascade attention: folding page tables, and everything of a window op but the bulk of its prefix.
 
 See ``ops/cascade.py`` for what they compute. ``cascade_merge`` is one launch: a program has a few window tokens of one
-key/value head, appends the window to the cache (the first of a row and head does), attends to the edges and to the window
-with online softmax and takes in the folds' partial results, which are online-softmax states too: peak = log-sum-exp, total = 1.
+key/value head and some of its value dims. It attends to the window, which the first programs of a row and head append to the
+cache, and to the edges, with online softmax, and then takes in the folds' partial results, which are online-softmax states
+too: peak = log-sum-exp, total = 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from spec_compile.ops.cascade import folded_columns
 from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
 
-MANY_PROGRAMS = 512  # of ``cascade_merge``: enough to fill any device
+TILE_ELEMENTS = 8192  # of partial results that one program of ``cascade_merge`` holds in registers
 
 
 @triton.jit
@@ -83,6 +84,21 @@ def fold_prefix(
     return table, length
 
 
+@triton.jit
+def _load_folds(
+    lse_ptr, partial_ptr, batch, token, q_head, row_ok, dv,
+    N: tl.constexpr, H: tl.constexpr, DV: tl.constexpr, FOLDS: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps [BLOCK_F, rows] and results [BLOCK_F, rows, dims] of all folds; neither load waits for the other."""
+    fold = tl.arange(0, BLOCK_F)
+    ok = (fold < FOLDS)[:, None] & row_ok[None, :]
+    pseudo = (batch * FOLDS + fold)[:, None]
+    lse = tl.load(lse_ptr + pseudo * (H * N) + (q_head * N + token)[None, :], mask=ok, other=float("-inf"))
+    rows = partial_ptr + pseudo * (N * H * DV) + ((token * H + q_head) * DV)[None, :]
+    parts = tl.load(rows[:, :, None] + dv[None, None, :], mask=ok[:, :, None] & (dv < DV)[None, None, :], other=0.0)
+    return lse, parts
+
+
 @triton.jit(do_not_specialize=["window", "table_columns"])
 def _cascade_merge_kernel(
     q_ptr,  # [B, N, HKV * G, D]
@@ -126,12 +142,13 @@ def _cascade_merge_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     FOLDS: tl.constexpr,
+    BLOCK_F: tl.constexpr,  # next_power_of_2(FOLDS)
     TOKENS: tl.constexpr,  # window tokens of a program
     BLOCK_R: tl.constexpr,  # at least TOKENS * G
+    BLOCK_C: tl.constexpr,  # value dims of a program
     BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_EDGES: tl.constexpr,
@@ -142,13 +159,15 @@ def _cascade_merge_kernel(
     HAS_SINKS: tl.constexpr,
     WAIT: tl.constexpr,  # launched before the kernel that makes the partial results has ended
 ):
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CHUNKS: tl.constexpr = (DV + BLOCK_C - 1) // BLOCK_C
+    part, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.arange(0, BLOCK_R)
     token = part * TOKENS + row // G
     row_ok = (row < TOKENS * G) & (token < N)
     q_head = head * G + row % G
     d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
+    dv = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     prefix = tl.load(cache_len_ptr + batch)
     q_rows = q_ptr + batch * stride_qb + token * stride_qn + q_head * stride_qh
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
@@ -162,9 +181,12 @@ def _cascade_merge_kernel(
     if HAS_WINDOW and HAS_TREE:
         depth = token_depth(mask_ptr, token, row_ok, stride_mn, stride_mw, WORDS)
 
+    if not WAIT:  # on their way while the window is attended to
+        lse, parts = _load_folds(lse_ptr, partial_ptr, batch, token, q_head, row_ok, dv, N, HKV * G, DV, FOLDS, BLOCK_F)
+
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
 
     # The window, appended by the first program of its row and head.
     for w0 in tl.static_range(0, N, BLOCK_W):
@@ -179,7 +201,9 @@ def _cascade_merge_kernel(
             column = slot // PAGE_SIZE
             page = tl.load(table + column, mask=col_ok & (column < table_columns), other=0).to(tl.int64)
             slot = slot % PAGE_SIZE
-            tl.store((k_cache_ptr + page * stride_kcp + slot * stride_kcs)[:, None] + d[None, :], k, mask=k_ok)
+            new_k_rows = k_cache_ptr + page * stride_kcp + slot * stride_kcs
+            if chunk == 0:
+                tl.store(new_k_rows[:, None] + d[None, :], k, mask=k_ok)
             tl.store((v_cache_ptr + page * stride_vcp + slot * stride_vcs)[:, None] + dv[None, :], v, mask=v_ok)
         seen = visible_columns(mask_ptr, token, row_ok, col, col_ok, stride_mn, stride_mw, WORDS, HAS_TREE)
         if HAS_WINDOW:
@@ -216,25 +240,15 @@ def _cascade_merge_kernel(
 
     if WAIT:
         tl.extra.cuda.gdc_wait()
-
-    # The folds. The largest peak first, so that no fold's load waits for another's.
-    lse_ptr += batch * FOLDS * HKV * G * N + q_head * N + token
-    partial_ptr += batch * FOLDS * N * HKV * G * DV + (token * HKV * G + q_head) * DV
-    largest = peak
-    for fold in tl.static_range(FOLDS):
-        fold_peak = tl.load(lse_ptr + fold * HKV * G * N, mask=row_ok, other=float("-inf")) * 1.4426950408889634
-        largest = tl.maximum(largest, fold_peak)
+        lse, parts = _load_folds(lse_ptr, partial_ptr, batch, token, q_head, row_ok, dv, N, HKV * G, DV, FOLDS, BLOCK_F)
+    fold_peak = lse * 1.4426950408889634
+    largest = tl.maximum(peak, tl.max(fold_peak, 0))
     shift = tl.where(largest == float("-inf"), 0.0, largest)
+    weight = tl.exp2(fold_peak - shift[None, :])
+    parts = tl.where((weight > 0.0)[:, :, None], parts.to(tl.float32), 0.0)  # an empty fold may hold NaN
     alpha = tl.exp2(peak - shift)
-    total *= alpha
-    acc *= alpha[:, None]
-    for fold in tl.static_range(FOLDS):
-        fold_peak = tl.load(lse_ptr + fold * HKV * G * N, mask=row_ok, other=float("-inf")) * 1.4426950408889634
-        weight = tl.exp2(fold_peak - shift)
-        part_ok = (row_ok & (fold_peak > float("-inf")))[:, None] & (dv < DV)[None, :]
-        x = tl.load(partial_ptr[:, None] + fold * N * HKV * G * DV + dv[None, :], mask=part_ok, other=0.0)
-        total += weight
-        acc += x.to(tl.float32) * weight[:, None]
+    total = total * alpha + tl.sum(weight, 0)
+    acc = acc * alpha[:, None] + tl.sum(parts * weight[:, :, None], 0)
 
     sink = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if HAS_SINKS:
@@ -242,14 +256,6 @@ def _cascade_merge_kernel(
     o_rows = out_ptr + ((batch * N + token) * HKV * G + q_head) * DV
     o = normalize(largest, total, acc, sink)
     tl.store(o_rows[:, None] + dv[None, :], o, mask=row_ok[:, None] & (dv < DV)[None, :])
-
-
-def tokens_per_program(num_tokens: int, group: int, row_heads: int) -> int:
-    """Window tokens of one program: few, because a program mostly waits on memory, unless the device is full without."""
-    tokens = 1
-    while tokens < num_tokens and tokens * group < 64 and row_heads * triton.cdiv(num_tokens, tokens) > MANY_PROGRAMS:
-        tokens *= 2
-    return tokens
 
 
 def cascade_merge(
@@ -270,7 +276,7 @@ def cascade_merge(
     whole_pages: bool,
     *,
     overlap: bool = False,
-    tokens: int | None = None,
+    block_c: int | None = None,
     num_warps: int = 4,
 ) -> Tensor:
     """``ops.cascade.cascade_merge``; same arguments and result.
@@ -279,26 +285,31 @@ def cascade_merge(
         overlap: launch before the kernel in front, which makes the partial results, has ended (programmatic dependent
             launch; NVIDIA's compute capability 9.0 or newer). It must have read its own inputs by then, as kernels launched
             the ordinary way have.
-        tokens, num_warps: override the choice, for tests and tuning.
+        block_c, num_warps: override the choice of value dims and warps of a program, for tests and tuning.
     """
     batch, num_tokens, num_heads, dims = q.shape
     num_kv_heads, page_size, v_dim = k.shape[2], k_cache.shape[1], v.shape[3]
     group = num_heads // num_kv_heads
-    tokens = tokens or tokens_per_program(num_tokens, group, batch * num_kv_heads)
+    folds = partial.shape[0] // batch
+    tokens = min(max(1, 16 // group), num_tokens)  # 16 rows are the least a matrix product has
+    block_r, block_f = max(16, triton.next_power_of_2(tokens * group)), triton.next_power_of_2(folds)
+    block_dv = max(16, triton.next_power_of_2(v_dim))
+    block_c = block_c or min(block_dv, max(16, TILE_ELEMENTS // (block_r * block_f)))
     out = torch.empty(batch, num_tokens, num_heads, v_dim, dtype=q.dtype, device=q.device)
     mask_strides = tree_mask.stride() if tree_mask is not None else (0, 0, 0)
     options = {"launch_pdl": True} if overlap else {}
-    _cascade_merge_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads, batch)](
+    programs = triton.cdiv(num_tokens, tokens) * triton.cdiv(v_dim, block_c)
+    _cascade_merge_kernel[(programs, num_kv_heads, batch)](
         q, k, v, k_cache, v_cache, page_table, cache_len,
         tree_mask if tree_mask is not None else cache_len, sinks if sinks is not None else q,
         partial, partial_lse, out,
         scale if softcap > 0 else scale * LOG2_E, float(softcap), window, page_table.shape[1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         page_table.stride(0), *mask_strides,
-        N=num_tokens, G=group, HKV=num_kv_heads, D=dims, DV=v_dim, FOLDS=partial.shape[0] // batch, TOKENS=tokens,
-        BLOCK_R=max(16, triton.next_power_of_2(tokens * group)),
+        N=num_tokens, G=group, HKV=num_kv_heads, D=dims, DV=v_dim, FOLDS=folds, BLOCK_F=block_f,
+        TOKENS=tokens, BLOCK_R=block_r, BLOCK_C=block_c,
         BLOCK_W=min(max(16, triton.next_power_of_2(num_tokens)), 64), BLOCK_E=min(max(16, page_size), 64),
-        BLOCK_D=max(16, triton.next_power_of_2(dims)), BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
+        BLOCK_D=max(16, triton.next_power_of_2(dims)),
         WORDS=tree_mask.shape[2] if tree_mask is not None else 0, PAGE_SIZE=page_size,
         HAS_EDGES=whole_pages or window > 0, WHOLE_PAGES=whole_pages, HAS_TREE=tree_mask is not None,
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None, WAIT=overlap,
