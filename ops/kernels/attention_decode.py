@@ -64,8 +64,8 @@ def _attend_window(
         new_v = to_cache(new_v, v_cache_ptr.dtype.element_ty)
         if m_tile == 0:
             slot = prefix + col
-            column = tl.minimum(slot // PAGE_SIZE, table_columns - 1)
-            new_page = tl.load(table + column, mask=col_ok, other=0).to(tl.int64)
+            column = slot // PAGE_SIZE  # what a row cannot hold goes to nobody's page
+            new_page = tl.load(table + column, mask=col_ok & (column < table_columns), other=0).to(tl.int64)
             slot = slot % PAGE_SIZE
             new_k_ptr = k_cache_ptr + new_page * stride_kcp + slot * stride_kcs
             tl.store(new_k_ptr[:, None] + d[None, :], new_k, mask=col_ok[:, None] & (d < D)[None, :])

@@ -185,8 +185,9 @@ def _prefill_kernel(
     tl.store(o_rows[:, None] + dv[None, :], o, mask=row_ok[:, None] & (dv < DV)[None, :])
 
     if head % G == 0:  # the first head of a group fills the pages of its tile's tokens
-        column = tl.minimum(position // PAGE_SIZE, table_columns - 1)
-        page = tl.load(page_table_ptr + row.to(tl.int64) * stride_tb + column, mask=row_ok, other=0).to(tl.int64)
+        column = position // PAGE_SIZE
+        held = row_ok & (column < table_columns)  # what a row cannot hold goes to nobody's page
+        page = tl.load(page_table_ptr + row.to(tl.int64) * stride_tb + column, mask=held, other=0).to(tl.int64)
         slot = position % PAGE_SIZE
         k_rows = k_ptr + position.to(tl.int64) * stride_kt
         c_rows = k_cache_ptr + page * stride_kcp + slot * stride_kcs + kv_head * stride_kch

@@ -5,8 +5,6 @@ Method: FlashDecoding's split-KV reduction (Dao et al. 2023), without its second
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -66,14 +64,14 @@ def merge_splits(
 
 
 class ArrivalCounters:
-    """Zeroed int32 counters that kernels leave zeroed. Calls take turns in the buffer, so that graphs captured from
-    different calls can run at the same time (a lap is thousands of calls)."""
+    """Zeroed int32 counters that kernels leave zeroed. Each call gets the next stretch of the buffer, so that graphs captured
+    from different calls can run at the same time (until a lap later: thousands of calls)."""
 
     SIZE = 1 << 20
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, Tensor] = {}
-        self._calls = itertools.count()
+        self._next: dict[torch.device, int] = {}
 
     def prepare(self, device: torch.device) -> None:
         """Make the buffer of ``device``; must happen outside CUDA-graph capture."""
@@ -88,7 +86,10 @@ class ArrivalCounters:
         slot = max(32, triton.next_power_of_2(count))
         if slot > self.SIZE:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        start = next(self._calls) * slot % self.SIZE
+        start = self._next.get(device, 0)
+        if start + slot > self.SIZE:
+            start = 0
+        self._next[device] = start + slot
         return self._buffers[device][start : start + count]
 
 

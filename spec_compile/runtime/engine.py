@@ -95,26 +95,50 @@ class Engine:
         return self._buffers.rows(rows)
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Grow the pools and the state to ``rows`` × ``capacity`` if they are smaller; graphs over the old ones are void."""
+        """Grow the pools and the state to ``rows`` × ``capacity`` if they are smaller; graphs over the old ones are void.
+
+        Pools keep the most rows and the longest text seen, so that requests taking turns do not make them move. Where that
+        rectangle does not fit, they are made anew for this request alone.
+
+        Raises:
+            SpecCompileError: not even that fits. No pool is left, and a smaller request can still run.
+        """
         capacity = max(_SMALLEST_CAPACITY, 1 << (capacity - 1).bit_length())
+        largest = (rows, capacity)
         if self._buffers is not None:
-            rows, capacity = max(rows, self._buffers.tokens.shape[0]), max(capacity, self._buffers.tokens.shape[1])
-        try:
-            moved = self.target.reserve(rows, capacity)
-            if self.draft is not None:
-                moved = self.draft.reserve(rows, capacity) or moved
-        except torch.OutOfMemoryError as error:
-            raise SpecCompileError(
-                f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device}: generate fewer rows or "
-                "tokens at once, or free memory. Nothing was generated yet."
-            ) from error
-        if moved or self._buffers is None:
-            if self.graphs is not None:
-                self.graphs.clear()
-            if self.hardware.is_cuda:
-                self._warmed.clear()  # kernels are chosen anew, and some of them built
-            pages = self.target.pool.page_table.shape[1]
-            self._buffers = new_state(rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens)
+            largest = (max(rows, self._buffers.tokens.shape[0]), max(capacity, self._buffers.tokens.shape[1]))
+        for size in dict.fromkeys([largest, (rows, capacity)]):
+            try:
+                self._allocate(*size)
+                return
+            except torch.OutOfMemoryError:
+                self._drop_pools()  # the target's may have grown when the draft's could not
+        raise SpecCompileError(
+            f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device}: generate fewer rows or "
+            "tokens at once, or free memory. Nothing was generated yet."
+        )
+
+    def _allocate(self, rows: int, capacity: int) -> None:
+        moved = self.target.reserve(rows, capacity)
+        if self.draft is not None:
+            moved = self.draft.reserve(rows, capacity) or moved
+        if not moved and self._buffers is not None:
+            return
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.hardware.is_cuda:
+            self._warmed.clear()  # kernels are chosen anew, and some of them built
+        pages = self.target.pool.page_table.shape[1]
+        self._buffers = new_state(rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens)
+
+    def _drop_pools(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+        self._warmed.clear()
+        self._buffers = None
+        for runner in (self.target, getattr(self.draft, "runner", None)):
+            if runner is not None:
+                runner.drop_pool()
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""

@@ -140,15 +140,19 @@ class ModelRunner:
             return False
         if self.pool is not None:
             rows, capacity = max(rows, self.pool.rows), max(capacity, self.pool.capacity)
-        self.pool = None  # free the old one first
-        for program in self._programs.values():
-            program.bound = []
-        self.choices.clear()
-        self.reports.clear()
+        self.drop_pool()  # free the old one first
         page_size = self.page_size if self.hardware.is_cuda else capacity
         capacity = -(-capacity // page_size) * page_size
         self.pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
         return True
+
+    def drop_pool(self) -> None:
+        """Free the pool; programs choose their kernels anew over the next one."""
+        self.pool = None
+        for program in self._programs.values():
+            program.bound = []
+        self.choices.clear()
+        self.reports.clear()
 
     def release(self) -> None:
         """Free the pool and forget every program."""
