@@ -30,7 +30,7 @@ pytest.importorskip("triton", reason="the append kernels need it")
 
 from flashinfer_in_torch import H200, install
 
-from spec_compile.ops.kernels.xqa import BUILD_TOKENS, xqa_workspace
+from spec_compile.ops.kernels.xqa import BUILD_TOKENS, XqaGrid, xqa_grid
 
 B200, L40 = Hardware("nvidia", "sm100", 148, "NVIDIA B200"), Hardware("nvidia", "sm89", 142, "NVIDIA L40S")
 TRITON_INTERPRETER = Path(__file__).parent / "test_triton_kernels.py"
@@ -76,6 +76,9 @@ def test_supports(changes: dict) -> None:
         ({"page_size": 8}, "page size 8"),
         ({"head_dim": 272, "v_head_dim": 272}, "head dim 272"),
         ({"head_dim": 72, "v_head_dim": 72}, "head dim 72"),
+        ({"head_dim": 160, "v_head_dim": 160}, "head dim 160"),
+        ({"num_q_heads": 1024}, "128 query heads"),
+        ({"num_q_heads": 384, "head_dim": 256, "v_head_dim": 256, "num_tokens": 1}, "48 query heads"),
         ({"v_head_dim": 64}, "differ"),
         ({"dtype": torch.float32, "kv_dtype": torch.float32}, "float16 or bfloat16"),
         ({"kv_dtype": torch.float16}, "neither"),
@@ -270,16 +273,31 @@ def test_builds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(launch["run_sm90_fp8_mha"] for launch in calls.launches)
 
 
-def test_workspace() -> None:
+def test_grid() -> None:
     """By hand, from the kernel's layout: parts of 32 rows x 128 dims x 2 bytes, and 128 bytes of maxima and of sums each."""
     # Batch 1: 132 // 8 = 16 splits of each of 8 heads' one tile of 8 x 4 rows.
-    assert xqa_workspace(1, 8, 8, 4, 128, 65536, 132) == (8, 2 * 128 * 128 + 129 * 8192)
-    # 512 slots are two tiles of keys; 16 tokens are two tiles of rows.
-    assert xqa_workspace(1, 16, 8, 4, 128, 512, 132) == (16, 2 * 32 * 128 + 33 * 8192)
+    assert xqa_grid(1, 8, 8, 4, 128, 65536, 132) == XqaGrid(8, 16, 132, 2 * 128 * 128 + 129 * 8192)
+    # 16 tokens are two tiles of rows a head: half the splits. 512 slots are two tiles of keys: no more splits than that.
+    assert xqa_grid(1, 16, 8, 4, 128, 65536, 132) == XqaGrid(16, 8, 66, 2 * 128 * 128 + 129 * 8192)
+    assert xqa_grid(1, 16, 8, 4, 128, 512, 132) == XqaGrid(16, 2, 66, 2 * 32 * 128 + 33 * 8192)
     # One token: no more rows than query heads of a key/value head.
-    assert xqa_workspace(1, 1, 8, 4, 64, 512, 132) == (8, 2 * 16 * 128 + 17 * 4 * 64 * 2)
-    # More rows than multiprocessors: no splits.
-    assert xqa_workspace(32, 8, 8, 4, 128, 65536, 132) == (256, 0)
+    assert xqa_grid(1, 1, 8, 4, 64, 512, 132) == XqaGrid(8, 2, 132, 2 * 16 * 128 + 17 * 4 * 64 * 2)
+    # More rows than multiprocessors: no splits, and never fewer multiprocessors than one.
+    assert xqa_grid(32, 8, 8, 4, 128, 65536, 132) == XqaGrid(256, 1, 132, 0)
+    assert xqa_grid(1, 256, 8, 64, 128, 65536, 132).sm_count == 1
+
+
+def test_xqa_makes_the_splits_that_the_scratch_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its formula, from launchMHAFlashInfer, over what it is told."""
+    calls = install(monkeypatch)
+    for num_tokens, rows in ((1, 1), (8, 1), (40, 3)):
+        case = Case((300,) * rows, num_tokens, (4, 2), (16, 16), spare_columns=80)
+        flashinfer.lower(case.node(torch.float32))(*make_problem(case, torch.float32, "cpu").args)
+        launch = calls.launches[-1]
+        splits = min(max(1, launch["sm_count"] // (rows * 2)), -(-launch["max_seq_len"] // 256))
+        grid = xqa_grid(rows, num_tokens, 2, 2, 16, launch["max_seq_len"], 132)
+        assert splits == grid.splits and launch["semaphores"].numel() == grid.tiles
+        assert launch["workspace_buffer"].numel() == max(grid.scratch_bytes, 16)
 
 
 def test_sm100_chains_go_to_trtllm_gen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,8 +102,11 @@ def _window_refusal(node: AttentionNode, hardware: Hardware) -> str | None:
         return "neither XQA nor trtllm-gen caps logits; triton does"
     if node.page_size not in XQA_PAGE_SIZES:
         return f"page size {node.page_size} is not one of {XQA_PAGE_SIZES}"
-    if node.head_dim % 16 or not 16 <= node.head_dim <= 256:
-        return f"head dim {node.head_dim} is not a multiple of 16 within 16..256"
+    if node.head_dim % 16 or not (16 <= node.head_dim <= 128 or 192 <= node.head_dim <= 256):
+        return f"head dim {node.head_dim} is not a multiple of 16 within 16..128 or 192..256"  # asserted by mha_sm90.cu
+    group = node.num_q_heads // node.num_kv_heads
+    if group > (32 if node.num_tokens == 1 and node.head_dim > 128 else 64):
+        return f"{group} query heads of a key/value head do not fit into a tile of XQA's"
     if node.is_tree and node.window > 0:
         return "XQA clips a sliding window by slot, not by a tree node's depth; triton does it by depth"
     return None
