@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import left_padded, tiny_model
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -107,3 +107,23 @@ def test_seeds() -> None:
     assert torch.equal(text(3), text(3))
     assert torch.equal(text(3)[:1], text(1))
     assert len({tuple(row) for row in text(3).tolist()}) > 1
+
+
+def test_looked_up_drafts_do_not_change_a_sampled_text() -> None:
+    """The noise belongs to row and position, and a looked-up draft stands only where it is the target's own sample: the text
+    is the one sampled without drafts, whatever prompts stand beside it and whatever the policy decides about drafting."""
+    prompts = left_padded(3, 11, vocab_size=V)
+    settings = {"do_sample": True, "max_new_tokens": 40, "temperature": 0.7}
+
+    def text(draft: str | None, rows: int, **options) -> Tensor:
+        torch.manual_seed(11)
+        model = spec_compile(target(), draft=draft, compile="none", **options)
+        out = model.generate(**{name: x[:rows] for name, x in prompts.items()}, **settings)
+        if draft:
+            assert model.spec.stats().accept_length > 1.0, "drafts must be accepted for this to mean anything"
+        return out
+
+    expected = text(None, 3)
+    assert torch.equal(text("ngram", 3, num_steps=4, min_ngram=1, adaptive=False), expected)
+    assert torch.equal(text("ngram", 3, num_steps=2, min_ngram=1), expected)
+    assert torch.equal(text("ngram", 1, num_steps=4, min_ngram=1), expected[:1])
