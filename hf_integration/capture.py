@@ -7,6 +7,7 @@ anything runs. Weights, caches and inputs arrive as placeholders; each is bound 
 from __future__ import annotations
 
 import copy
+import threading
 import types
 
 import torch
@@ -20,6 +21,7 @@ from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGra
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
 _PREFILL_EXAMPLE_TOKENS = 24
 _SUBJECT = "Developer debug context:"
+_one_at_a_time = threading.Lock()  # what transformers calls during capture finds its context in a global
 
 
 class _Captured(Exception):
@@ -56,7 +58,7 @@ def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dy
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), capture_context(model, batch) as context:
+        with torch.no_grad(), _one_at_a_time, capture_context(model, batch) as context:
             inputs = {id(input_ids): "input_ids", id(position_ids): "position_ids"}
             inputs |= {id(context.page_table): "page_table", id(context.cache_len): "cache_len"}
 

@@ -7,8 +7,11 @@ before the loop (config merging, defaults, checks, ``num_return_sequences``) sta
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -73,7 +76,6 @@ class GenerateCall:
     stopping_criteria: StoppingCriteriaList
     generation_config: GenerationConfig
     streamer: object | None
-    own: dict[str, object] = field(default_factory=dict)
 
     @property
     def has_eos(self) -> bool:
@@ -99,6 +101,9 @@ def why_plain(
         return "output_attentions and output_hidden_states are not accelerated"
     if not model_kwargs.get("use_cache", True):
         return "use_cache=False is not accelerated"
+    implementation = generation_config.cache_implementation or ""
+    if implementation == "quantized" or "offloaded" in implementation:  # the others differ in speed only
+        return f"cache_implementation={implementation!r} is not accelerated"
     if input_ids.shape[1] == 0 or "inputs_embeds" in model_kwargs:
         return "prompts given as inputs_embeds are not accelerated"
     fixed = fixed_rope_length(model.config.get_text_config(decoder=True))
@@ -123,6 +128,22 @@ def why_plain(
     return None
 
 
+def what_differs(generation_config: GenerationConfig) -> list[str]:
+    """What of an accelerated call is not as in plain ``generate()``, each with what to do about it."""
+    notes = []
+    if generation_config.return_dict_in_generate:
+        notes.append(
+            "past_key_values of the result is None, because keys and values stay in the model's KV pool; call generate() "
+            "within `with model.spec.disable():` where you need them"
+        )
+    if generation_config.prefill_chunk_size is not None:
+        notes.append(
+            "prefill_chunk_size is not used: a prompt is prefilled in one piece, several prompts in groups of at most "
+            "SpecConfig.max_prefill_tokens tokens"
+        )
+    return notes
+
+
 def _plain_positions(positions: Tensor, mask: Tensor | None, input_ids: Tensor) -> bool:
     if positions.shape[-1] != input_ids.shape[1] or positions.dim() != 2:
         return False
@@ -144,10 +165,10 @@ def read_call(
     prompt_lens = [padded] * batch if mask is None else mask.sum(1).tolist()
     eos_ids: list[int] = []
     custom_criteria = False
-    max_length = generation_config.max_length
+    limits = []
     for criterion in stopping_criteria:
         if type(criterion) is MaxLengthCriteria:
-            max_length = criterion.max_length
+            limits.append(criterion.max_length)
         elif type(criterion) is EosTokenCriteria:
             eos_ids += criterion.eos_token_id.flatten().tolist()
         else:
@@ -161,7 +182,8 @@ def read_call(
     return GenerateCall(
         input_ids=input_ids,
         prompt_lens=prompt_lens,
-        max_length=max_length,
+        # Criteria are asked behind each token, so one token always comes.
+        max_length=max(min(limits, default=generation_config.max_length), padded + 1),
         min_length=int(settings.get("min_length", 0)),
         eos_ids=sorted(set(eos_ids)),
         pad_id=None if pad is None else int(pad),
@@ -222,41 +244,53 @@ def bind_generate(
 ) -> type[PreTrainedModel]:
     """Swap ``model``'s class for one whose generation loop is ``loop``; returns the original class.
 
+    The class holds neither method alive: Dynamo's caches keep the classes of captured models for good (torch 2.13), and what
+    the class held would stay with them.
+
     Args:
-        loop: called as ``loop(model, plain, input_ids, logits_processor, stopping_criteria, generation_config,
+        loop: a method, called as ``loop(model, plain, input_ids, logits_processor, stopping_criteria, generation_config,
             synced_gpus=…, streamer=…, **model_kwargs)``, where ``plain`` is transformers' own loop.
-        on_plain: told once a call that transformers' other loops take (beams, assistants).
+        on_plain: a method, told once a call that transformers' other loops take (beams, assistants).
     """
     cls = type(model)
+    weak_loop, weak_on_plain = weakref.WeakMethod(loop), weakref.WeakMethod(on_plain)
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        plain = super(swapped, self)._sample
-        return loop(self, plain, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    def _sample(self, *args, **kwargs):
+        plain, run = functools.partial(cls._sample, self), weak_loop()
+        if run is None:  # removed by another thread when this call was on its way
+            return plain(*args, **kwargs)
+        return run(self, plain, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         """Pickle the plain model: pools and graphs belong to this process, and no module holds the swapped class."""
-        return object.__new__, (cls,), {name: value for name, value in self.__dict__.items() if name != "spec"}
+        return object.__new__, (cls,), _plain_state(self)
 
     def __deepcopy__(self, memo):
-        """A copy keeps the class, so that it can say why its ``generate()`` runs plain."""
-        twin = memo[id(self)] = swapped.__new__(swapped)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        """A copy is the plain model too: pools and graphs belong to the original's weights."""
+        warnings.warn("spec_compile: a copy of a compiled model is a plain model; call spec_compile() on it.", stacklevel=3)
+        twin = memo[id(self)] = cls.__new__(cls)
+        twin.__dict__.update(copy.deepcopy(_plain_state(self), memo))
         return twin
 
     members: dict[str, object] = {"_sample": _sample, "__reduce_ex__": __reduce_ex__, "__deepcopy__": __deepcopy__}
     for name, what in _PLAIN_LOOPS.items():
-        members[name] = _plain_loop(name, what, on_plain, lambda: swapped)
+        members[name] = _plain_loop(cls, name, what, weak_on_plain)
     # Same names: transformers and pipelines look models up by class name, and save_pretrained writes it.
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    swapped = type(cls.__name__, (cls,), members)
-    model.__class__ = swapped
+    model.__class__ = type(cls.__name__, (cls,), members)
     return cls
 
 
-def _plain_loop(name: str, what: str, on_plain: Callable[[str], None], swapped: Callable[[], type]) -> Callable:
+def _plain_state(model: PreTrainedModel) -> dict[str, object]:
+    return {name: value for name, value in model.__dict__.items() if name != "spec"}
+
+
+def _plain_loop(cls: type, name: str, what: str, weak_on_plain: Callable[[], Callable[[str], None] | None]) -> Callable:
     def method(self, *args, **kwargs):
-        on_plain(f"{what} is not accelerated")
-        return getattr(super(swapped(), self), name)(*args, **kwargs)
+        on_plain = weak_on_plain()
+        if on_plain is not None:
+            on_plain(f"{what} is not accelerated")
+        return getattr(cls, name)(self, *args, **kwargs)
 
     method.__name__ = name
     return method

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from spec_compile.errors import SpecCompileError
 from spec_compile.explain import explain
-from spec_compile.hf_integration.generate import GenerateCall, bind_generate, read_call, why_plain
+from spec_compile.hf_integration.generate import GenerateCall, bind_generate, read_call, what_differs, why_plain
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.lockstep import decode_lockstep
@@ -22,17 +24,21 @@ from spec_compile.runtime.state import MAX_EOS_IDS, SamplingPlan
 from spec_compile.runtime.stats import SpecStats, acceptance
 from spec_compile.runtime.transcript import Transcript
 
-log = logging.getLogger("spec_compile")
-
 
 class SpecHandle:
-    """Attached as ``model.spec`` by ``spec_compile``."""
+    """Attached as ``model.spec`` by ``spec_compile``.
+
+    Buffers and graphs serve one call at a time: calls of other threads wait, and a call from within a call (a criterion or
+    streamer that generates with the same model) runs plain. Results never hold a cache: ``past_key_values`` is None.
+    """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         self._model, self._engine = model, engine
         self._enabled = True
         self._stats = SpecStats()
         self._told: set[str] = set()
+        self._lock = threading.Lock()
+        self._running_in: int | None = None  # the thread whose call has the buffers
         self._transcript: Transcript | None = None
         self._original_class = bind_generate(model, self._loop, self._say_plain)
 
@@ -60,10 +66,23 @@ class SpecHandle:
         return _Switch(self, True)
 
     def remove(self) -> None:
-        """Give the model its own class back and free pools and graphs. The weights stay where they are."""
-        self._model.__class__ = self._original_class
-        self._engine.release()
-        del self._model.spec
+        """Give the model its own class back and free pools and graphs. The weights stay where they are.
+
+        Waits for a call that another thread has running.
+
+        Raises:
+            SpecCompileError: from within a running call, whose buffers these are.
+        """
+        if self._running_in == threading.get_ident():
+            raise SpecCompileError("model.spec.remove() from within generate(): call it when generate() has returned.")
+        with self._alone():
+            if self._bound():
+                self._model.__class__ = self._original_class
+                del self._model.spec
+                self._engine.release()
+
+    def _bound(self) -> bool:
+        return self._model.__dict__.get("spec") is self
 
     def generate_loop(self, model: PreTrainedModel, input_ids: Tensor, **kwargs) -> object:
         """The loop as a callable for ``generate(custom_generate=model.spec.generate_loop)``.
@@ -75,21 +94,34 @@ class SpecHandle:
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
 
-    def __deepcopy__(self, memo: dict) -> None:
-        return None  # a copy of the model is a plain model: pools and graphs belong to the original's weights
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            self._running_in = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._running_in = None
 
-    def _why_not_this(self, model: PreTrainedModel) -> str | None:
-        if model is not self._model:
-            return "this is a copy of the compiled model; call spec_compile() on it"
-        if self._engine.weights_moved():
-            return "its weights were moved or replaced since spec_compile(); call spec_compile() again"
+    def _why_not_now(self) -> str | None:
+        if not self._bound():
+            return "model.spec.remove() came first"
+        if self._engine.model_changed():
+            return (
+                "its weights, buffers, hooks or adapters were moved or replaced since spec_compile(); undo that, or call "
+                "spec_compile() again"
+            )
         return None
 
     def _say_plain(self, reason: str) -> None:
         self._stats = SpecStats(mode="plain")
-        if self._enabled and reason not in self._told:
-            self._told.add(reason)
-            warnings.warn(f"spec_compile: this generate() call runs as plain transformers: {reason}.", stacklevel=4)
+        if self._enabled:
+            self._say_once(f"this generate() call runs as plain transformers: {reason}.")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(f"spec_compile: {text}", stacklevel=5)
 
     def _loop(
         self,
@@ -117,17 +149,25 @@ class SpecHandle:
         if not self._enabled:
             self._stats = SpecStats(mode="plain")
             return run_plain()
-        reason = self._why_not_this(model) or why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
-        if reason is not None:
-            self._say_plain(reason)
+        if self._running_in == threading.get_ident():
+            self._say_plain("another call of the same model is running around it")
             return run_plain()
-        call = read_call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-        if len(call.eos_ids) > MAX_EOS_IDS:
-            self._say_plain(f"more than {MAX_EOS_IDS} eos_token_id values are not accelerated")
-            return run_plain()
-        # Buffers outlive the call, so they must not be inference tensors even if the caller is in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), self._engine.on_device():
-            return self._run(call)
+        reason = why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
+        if reason is None:
+            call = read_call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+            if len(call.eos_ids) > MAX_EOS_IDS:
+                reason = f"more than {MAX_EOS_IDS} eos_token_id values are not accelerated"
+        if reason is None:
+            with self._alone():
+                reason = self._why_not_now()
+                if reason is None:
+                    for note in what_differs(generation_config):
+                        self._say_once(f"{note}.")
+                    # Buffers outlive the call: they must not be inference tensors even if the caller is in inference mode.
+                    with torch.inference_mode(False), torch.no_grad(), self._engine.on_device():
+                        return self._run(call)
+        self._say_plain(reason)
+        return run_plain()
 
     def _run(self, call: GenerateCall) -> object:
         engine, transcript = self._engine, Transcript(call)
@@ -139,9 +179,8 @@ class SpecHandle:
         if call.exact_order:
             outcome = decode_lockstep(engine, request, transcript)
             scores, logits = outcome.scores, outcome.raw_logits
-            lengths = [list(outcome.accept_lengths) for _ in transcript.rows]
-            drafted = [list(outcome.drafted) for _ in transcript.rows]
-            timing = Timing(rounds=len(outcome.accept_lengths))
+            lengths, drafted = outcome.accept_lengths, outcome.drafted
+            timing = Timing(rounds=outcome.rounds)
         else:
             timing = Timing()
             lengths, drafted = self._run_rounds(request, transcript, timing)
@@ -166,6 +205,8 @@ class SpecHandle:
                     drafted[row].append(result.drafted)
             if transcript.extend(result.tokens, result.finished):
                 break
+        for row, count in enumerate(transcript.counts):
+            _cut(lengths[row], drafted[row], len(transcript.rows[row]) - count)
         return lengths, drafted
 
     def _figures(
@@ -181,13 +222,14 @@ class SpecHandle:
         verifies = sum(len(row) for row in lengths)
         rounds = max(timing.rounds, 1)
         decode_seconds = timing.decode or total
+        emitted = sum(transcript.counts)
         return SpecStats(
             rounds=timing.rounds,
-            emitted_tokens=transcript.num_new_tokens,
+            emitted_tokens=emitted,
             accept_length=sum(map(sum, lengths)) / verifies if verifies else 0.0,
             acceptance_by_position=acceptance(lengths, drafted),
             accept_lengths=lengths,
-            tokens_per_second=transcript.num_new_tokens / total if total > 0 else 0.0,
+            tokens_per_second=emitted / total if total > 0 else 0.0,
             ms_per_round=decode_seconds / rounds * 1e3,
             host_ms_per_round=(decode_seconds - timing.waiting) / rounds * 1e3,
             gpu_idle_fraction=timing.idle_fraction(),
@@ -216,13 +258,22 @@ class _Switch:
         self._handle._enabled = self._before
 
 
+def _cut(lengths: list[int], drafted: list[int], surplus: int) -> None:
+    """Take the last ``surplus`` tokens of a row out of its rounds' accept lengths."""
+    while surplus > 0 and lengths:
+        lengths[-1], surplus = lengths[-1] - surplus, surplus - lengths[-1]
+        if lengths[-1] <= 0:
+            lengths.pop()
+            drafted.pop()
+
+
 def _request(call: GenerateCall, engine: Engine) -> Request:
     """The device's view of a call."""
     batch, padded = call.input_ids.shape
     ids = call.input_ids.cpu()
     base = engine.config.seed
     if base is None:
-        base = int(torch.randint(2**62, (1,)))  # torch.manual_seed keeps its meaning
+        base = int(torch.randint(2**62, (1,), device="cpu"))  # torch.manual_seed keeps its meaning
     plan = SamplingPlan(
         do_sample=call.do_sample,
         max_top_k=0 if call.top_k == 0 else 1 << (call.top_k - 1).bit_length(),

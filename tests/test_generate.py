@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from tiny import left_padded, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, pipeline
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    pipeline,
+)
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.errors import BackendError, ConfigError, DraftError
+from spec_compile.hf_integration.generate import why_plain
 
 PROMPT = 11
 
@@ -41,6 +53,14 @@ def assert_same(pair, inputs, mode: str = "rounds", **settings) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_length": 25, "max_new_tokens": None}])
 def test_lengths(pair, settings: dict) -> None:
     assert_same(pair, left_padded(3, PROMPT), **settings)
+
+
+@pytest.mark.parametrize("limits", [[PROMPT], [5], [14, 25], [25, 14]])
+def test_length_criteria_of_the_caller(pair, limits: list[int]) -> None:
+    """The shortest one ends the text, and one token comes even where none would fit."""
+    criteria = StoppingCriteriaList([MaxLengthCriteria(limit) for limit in limits])
+    text = assert_same(pair, left_padded(3, PROMPT), max_new_tokens=None, stopping_criteria=criteria)
+    assert text.shape[1] == max(min(limits), PROMPT + 1)
 
 
 def test_min_new_tokens_and_several_end_ids(pair) -> None:
@@ -214,6 +234,17 @@ def test_plain_fallbacks(settings: dict, why: str) -> None:
         model.generate(**inputs, max_new_tokens=6, do_sample=False, **settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "accelerated"),
+    [("quantized", False), ("offloaded", False), ("offloaded_static", False), ("static", True), ("dynamic", True)],
+)
+def test_caches_that_save_memory_are_not_replaced(pair, name: str, accelerated: bool) -> None:
+    """Who asks for a smaller cache must not get a full one; the other kinds differ in speed only."""
+    config = GenerationConfig(cache_implementation=name, max_length=20)
+    reason = why_plain(pair[0], left_padded(1, PROMPT)["input_ids"], config, False, {})
+    assert reason is None if accelerated else f"cache_implementation={name!r}" in reason
+
+
 def test_gaps_in_the_mask_and_callers_cache_run_plain(pair) -> None:
     reference, model = pair
     inputs = left_padded(2, PROMPT)
@@ -268,6 +299,34 @@ def test_stats_count_what_was_emitted(pair) -> None:
     assert "torch" in pair[1].spec.explain() and "ngram" in pair[1].spec.explain()
 
 
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({"stopping_criteria": [StopAt([5, 5, 5])]}, "rounds"),
+        ({"stopping_criteria": [StopAt([4, 9, 6])], "eos_token_id": 5}, "rounds"),
+        ({"eos_token_id": "row 0 ends early", "repetition_penalty": 1.0001}, "lockstep"),
+    ],
+)
+def test_stats_count_what_the_caller_gets(pair, settings: dict, mode: str) -> None:
+    """Neither what a criterion cuts off nor the padding behind a row that is done."""
+    inputs = left_padded(3, PROMPT)
+    ends = isinstance(settings.get("eos_token_id"), str)
+    if ends:
+        end = int(pair[0].generate(**inputs, max_new_tokens=20, do_sample=False)[0, PROMPT + 3])
+        settings = settings | {"eos_token_id": end}
+    new = assert_same(pair, inputs, mode, **settings)[:, PROMPT:].tolist()
+    if ends:
+        got = [row.index(end) + 1 if end in row else len(row) for row in new]
+        assert min(got) <= 4 < max(got)
+    else:
+        limits = settings["stopping_criteria"][0].limits
+        got = limits if "eos_token_id" in settings else [len(row) for row in new]
+    stats = pair[1].spec.stats()
+    assert stats.emitted_tokens == sum(got)
+    assert [sum(row) + 1 for row in stats.accept_lengths] == got
+    assert stats.tokens_per_second == pytest.approx(sum(got) / stats.total_ms * 1e3)
+
+
 @pytest.mark.parametrize(("num_steps", "batch"), [(5, 1), (5, 3), (2, 1)])
 def test_a_perfect_draft_takes_the_fewest_rounds(num_steps: int, batch: int) -> None:
     """The target drafts for itself: n tokens behind the first take exactly ceil(n / (num_steps + 1)) rounds."""
@@ -291,17 +350,76 @@ def test_an_error_mid_way_loses_nothing_and_breaks_nothing(pair) -> None:
     assert_same(pair, inputs)
 
 
-def test_a_copy_and_moved_weights_run_plain(pair) -> None:
-    model = spec_compile(tiny_model("llama"), compile="none")
-    inputs = left_padded(2, PROMPT)
-    with pytest.warns(UserWarning, match="copy"):
-        twin = copy.deepcopy(model).generate(**inputs, max_new_tokens=6, do_sample=False)
-    assert torch.equal(twin, pair[0].generate(**inputs, max_new_tokens=6, do_sample=False))
-    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight)
-    with model.spec.disable():
-        plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    with pytest.warns(UserWarning, match="moved or replaced"):
-        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+def test_a_copy_is_the_plain_model(pair) -> None:
+    reference, model = pair
+    assert_same(pair, left_padded(2, PROMPT))
+    before = model.spec.stats()
+    with pytest.warns(UserWarning, match="a copy of a compiled model is a plain model"):
+        twin = copy.deepcopy(model)
+    assert type(twin) is type(reference) and not hasattr(twin, "spec")
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert_same((reference, spec_compile(twin, compile="none")), left_padded(2, PROMPT))
+    assert type(twin).__mro__[1] is type(reference), "one swapped class, not two"
+    assert type(pickle.loads(pickle.dumps(twin))) is type(reference)
+    assert model.spec.stats() is before, "the original does not notice"
+
+
+def _replaced_weight(model: PreTrainedModel) -> Callable[[], None]:
+    before = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(-before)
+    return lambda: setattr(model.lm_head, "weight", before)
+
+
+def _replaced_buffer(model: PreTrainedModel) -> Callable[[], None]:
+    before = model.model.rotary_emb.inv_freq
+    model.model.rotary_emb.inv_freq = before * 0.3
+    return lambda: setattr(model.model.rotary_emb, "inv_freq", before)
+
+
+def _hook(model: PreTrainedModel) -> Callable[[], None]:
+    return model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 0).remove
+
+
+def _pre_hook(model: PreTrainedModel) -> Callable[[], None]:
+    return model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,)).remove
+
+
+def _patched_forward(model: PreTrainedModel) -> Callable[[], None]:
+    norm = model.model.norm
+    norm.forward = lambda x: -type(norm).forward(norm, x)
+    return lambda: delattr(norm, "forward")
+
+
+class Adapter(torch.nn.Linear):
+    """As PEFT's layers: what it computes hangs on a Python attribute of the instance."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (-1.0 if self._disable_adapters else 1.0)
+
+
+def _switched_adapter(model: PreTrainedModel) -> Callable[[], None]:
+    model.lm_head._disable_adapters = True
+    return lambda: setattr(model.lm_head, "_disable_adapters", False)
+
+
+def test_a_model_that_changed_runs_plain_until_the_change_is_undone() -> None:
+    """Captured graphs would go on with what the model was."""
+    model, inputs = tiny_model("llama"), left_padded(2, PROMPT)
+    model.lm_head.__class__, model.lm_head._disable_adapters = Adapter, False
+    spec_compile(model, compile="none", min_ngram=1, num_steps=2, adaptive=False)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    before = model.generate(**inputs, **settings)
+    for change in (_replaced_weight, _replaced_buffer, _hook, _pre_hook, _patched_forward, _switched_adapter):
+        undo = change(model)
+        with model.spec.disable():
+            plain = model.generate(**inputs, **settings)
+        assert not torch.equal(plain, before), f"{change.__name__} matters"
+        model.spec._told.clear()
+        with pytest.warns(UserWarning, match="moved or replaced"):
+            assert torch.equal(model.generate(**inputs, **settings), plain), change.__name__
+        undo()
+        assert torch.equal(model.generate(**inputs, **settings), before)
+        assert model.spec.stats().mode == "rounds", f"{change.__name__} is undone"
 
 
 @pytest.mark.parametrize(

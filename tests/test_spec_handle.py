@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -84,6 +86,71 @@ def test_requests_that_run_plain_say_so_once(pair, request_of, why: str) -> None
         model.generate(**request_of(model, inputs), max_new_tokens=6, do_sample=False)
         model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert model.spec.stats().mode == "rounds", "the next ordinary call is accelerated again"
+
+
+def test_what_an_accelerated_call_does_not_give_is_said_once(pair) -> None:
+    model, inputs = pair[1], left_padded(2, PROMPT)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "prefill_chunk_size": 4}
+    with pytest.warns(UserWarning) as told:
+        ours = model.generate(**inputs, **settings)
+    texts = [str(w.message) for w in told if "spec_compile" in str(w.message)]
+    assert len(texts) == 2 and "past_key_values" in texts[0] and "prefill_chunk_size" in texts[1]
+    assert ours.past_key_values is None and model.spec.stats().mode == "rounds"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**inputs, **settings)
+        with model.spec.disable():
+            plain = model.generate(**inputs, **settings)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert plain.past_key_values.get_seq_length() == PROMPT + 5, "the remedy that the warning names"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left behind
+
+
+def test_nothing_outlives_remove_or_the_model() -> None:
+    """Pools and graphs go with ``remove()``, weights with the model, though Dynamo keeps the classes it has traced."""
+    model = spec_compile(tiny_model("llama"), num_steps=1, compile="none")
+    model.generate(**left_padded(1, PROMPT), max_new_tokens=4, do_sample=False)
+    engine, runner, handle = (weakref.ref(x) for x in (model.spec._engine, model.spec._engine.target, model.spec))
+    model.spec.remove()
+    gc.collect()
+    assert engine() is None and runner() is None and handle() is None
+    weights = weakref.ref(spec_compile(model, compile="none"))
+    del model
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_model_compiled_in_inference_mode_can_be_trained() -> None:
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        spec_compile(model, compile="none", draft=None)
+        model.generate(**left_padded(1, PROMPT), max_new_tokens=4, do_sample=False)
+    ids = left_padded(1, PROMPT)["input_ids"]
+    model(ids, labels=ids).loss.backward()
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.2}, {"do_sample": True}], ids=["rounds", "lockstep", "sample"])
+def test_a_default_device_changes_nothing(pair, extra: dict) -> None:
+    """``torch.set_default_device("cuda")`` is common; here the default is a device that nothing can run on."""
+    model, inputs = pair[1], left_padded(2, PROMPT)
+    settings = {"max_new_tokens": 6, "do_sample": False, **extra}
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **settings)
+    call = model.spec._loop
+
+    def under_a_default(*args, **kwargs):
+        with torch.device("meta"):
+            return call(*args, **kwargs)
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # around our loop only: what is before it is transformers' own
+        patch.setattr(type(model), "_sample", lambda self, *args, **kwargs: under_a_default(self, None, *args, **kwargs))
+        got = model.generate(**inputs, **settings)
+    assert torch.equal(got, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,14 +28,16 @@ class LockstepResult:
 
     Attributes:
         scores, raw_logits: float32 [B, V] a token, where asked for.
-        accept_lengths: emitted tokens of each verify.
-        drafted: drafts of each verify.
+        rounds: verifies.
+        accept_lengths: per row, emitted tokens of each verify until its end.
+        drafted: the same of drafts.
     """
 
     scores: tuple | None
     raw_logits: tuple | None
-    accept_lengths: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
+    rounds: int = 0
+    accept_lengths: list[list[int]] = field(default_factory=list)
+    drafted: list[list[int]] = field(default_factory=list)
 
 
 def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) -> LockstepResult:
@@ -46,14 +48,20 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
     result = LockstepResult(
         scores=() if wanted and config.output_scores else None,
         raw_logits=() if wanted and config.output_logits else None,
+        accept_lengths=[[] for _ in transcript.rows],
+        drafted=[[] for _ in transcript.rows],
     )
     state, slots = _admit(engine, request)  # slots: logits [B, 1, V] behind the prompts
     window = None
     while True:
+        before = transcript.counts
         done, taken = _walk(slots, window, transcript, result)
         if window is not None:
-            result.accept_lengths.append(taken)
-            result.drafted.append(window.shape[1] - 1)
+            result.rounds += 1
+            for row, (old, new) in enumerate(zip(before, transcript.counts, strict=True)):
+                if new > old:
+                    result.accept_lengths[row].append(new - old)
+                    result.drafted[row].append(window.shape[1] - 1)
         if done:
             return result
         _advance(engine, state, transcript, taken)

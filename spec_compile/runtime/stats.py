@@ -11,7 +11,8 @@ class SpecStats:
 
     Attributes:
         rounds: target forwards after prefill.
-        emitted_tokens: new tokens of all rows, prefill's first token included.
+        emitted_tokens: new tokens of all rows, prefill's first token included; neither padding behind a row's end nor what
+            a stopping criterion cut off.
         accept_length: emitted tokens per row and verify, the bonus token included (plain decoding is 1.0).
         acceptance_by_position: share of verified drafts accepted at draft position 1, 2, …
         accept_lengths: per row, the accept length of each of its rounds in order.

@@ -18,12 +18,14 @@ class Transcript:
 
     Attributes:
         rows: per row, its new tokens so far.
+        counts: per row, how many of its tokens the caller gets: no padding, nothing that a criterion cut off.
     """
 
     def __init__(self, call: GenerateCall) -> None:
         self.call = call
         batch, self.prompt_len = call.input_ids.shape
         self.rows: list[list[int]] = [[] for _ in range(batch)]
+        self.counts = [0] * batch
         self.finished = [False] * batch  # by end-of-sequence or length, as the device reports it
         self.shown = 0  # columns replayed
         self.text = call.input_ids  # [B, P + shown]
@@ -36,6 +38,7 @@ class Transcript:
             row += new
         self.finished = finished
         if not self.call.per_token:
+            self.counts = [len(row) for row in self.rows]
             return all(finished)
         while self._column_ready():
             column = torch.tensor([self._token(i) for i in range(len(self.rows))], device=self.text.device)
@@ -56,6 +59,7 @@ class Transcript:
         """Show one token of every row (int64 [B]) to streamer and criteria, as transformers' loop does; True at the end."""
         self.text = torch.cat([self.text, column[:, None]], 1)
         self.shown += 1
+        self.counts = [n + (not (end and self.call.has_eos)) for n, end in zip(self.counts, self.ended, strict=True)]
         if self.call.streamer is not None:
             self.call.streamer.put(column.cpu())
         self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
@@ -68,9 +72,7 @@ class Transcript:
             return self.text
         longest = max(len(row) for row in self.rows)
         pad = self.call.pad_id if self.call.pad_id is not None else 0
-        new = torch.tensor([row + [pad] * (longest - len(row)) for row in self.rows], dtype=torch.int64)
-        return torch.cat([self.call.input_ids, new.view(len(self.rows), longest).to(self.call.input_ids.device)], 1)
-
-    @property
-    def num_new_tokens(self) -> int:
-        return sum(len(row) for row in self.rows) if not self.call.exact_order else self.shown * len(self.rows)
+        new = torch.tensor(
+            [row + [pad] * (longest - len(row)) for row in self.rows], dtype=torch.int64, device=self.text.device
+        )
+        return torch.cat([self.call.input_ids, new.view(len(self.rows), longest)], 1)
