@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spec_compile.logs import configure_logs
+
 if TYPE_CHECKING:
     from spec_compile.api import spec_compile as spec_compile
     from spec_compile.config import SpecConfig as SpecConfig
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["SpecConfig", "SpecHandle", "SpecStats", "__version__", "spec_compile"]
+
+configure_logs()
 
 # Resolved on first use (PEP 562), so that importing one room, an op say, does not import transformers.
 _HOME = {
