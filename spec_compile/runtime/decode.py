@@ -33,9 +33,8 @@ class RoundResult:
 
 @dataclass
 class Timing:
-    """Host-side clock of one request, in seconds; device times by events on a GPU."""
+    """Host-side clock of one request's rounds, in seconds; device times by events on a GPU."""
 
-    prefill: float = 0.0
     decode: float = 0.0
     waiting: float = 0.0
     rounds: int = 0
@@ -59,9 +58,7 @@ def decode(engine: Engine, request: Request, timing: Timing) -> Iterator[RoundRe
     """Yield prefill's result, then every round's, until all rows are finished or the caller stops asking."""
     state = engine.admit(request)
     batch = len(request.prompts)
-    started = time.perf_counter()
     first = _read(state.out, batch, 0)
-    timing.prefill += time.perf_counter() - started
     yield first
     if all(first.finished):
         return
