@@ -70,7 +70,7 @@ def test_supports(changes: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"softcap": 30.0}, "triton does"),
+        ({"softcap": 30.0}, "no softcap"),
         ({"window": 128}, "depth"),
         ({"page_size": 256}, "page size 256"),
         ({"page_size": 8}, "page size 8"),

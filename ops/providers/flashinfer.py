@@ -99,7 +99,7 @@ def _window_refusal(node: AttentionNode, hardware: Hardware) -> str | None:
             return f"on {hardware.arch} windows go to trtllm-gen, which ignores a tree mask; triton takes trees"
         return f"XQA runs on {', '.join(XQA_ARCHS)}, trtllm-gen on {', '.join(TRTLLM_ARCHS)}; not on {hardware.arch}"
     if node.softcap > 0:
-        return "neither XQA nor trtllm-gen caps logits; triton does"
+        return "XQA and trtllm-gen have no softcap; triton and fa4 do"
     if node.page_size not in XQA_PAGE_SIZES:
         return f"page size {node.page_size} is not one of {XQA_PAGE_SIZES}"
     if node.head_dim % 16 or not (16 <= node.head_dim <= 128 or 192 <= node.head_dim <= 256):
@@ -108,7 +108,7 @@ def _window_refusal(node: AttentionNode, hardware: Hardware) -> str | None:
     if group > (32 if node.num_tokens == 1 and node.head_dim > 128 else 64):
         return f"{group} query heads of a key/value head do not fit into a tile of XQA's"
     if node.is_tree and node.window > 0:
-        return "XQA clips a sliding window by slot, not by a tree node's depth; triton does it by depth"
+        return "XQA clips a sliding window by slot, not by a tree node's depth; triton and fa4 do it by depth"
     return None
 
 
