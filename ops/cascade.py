@@ -3,8 +3,8 @@
 The bulk is the run of slots that every token of a row's window sees; it needs no mask. It is cut into F *folds*, each a
 batch row of its own with a page table of its own, so that a kernel without split-KV still fills the device: fold f of row b
 is pseudo row ``b * F + f`` and holds every F-th page of the run. The rest, in ``cascade_merge``, is what a mask decides or
-what belongs to a row once: the window itself (appended to the cache on the way), the *edges* of the run that only some tokens
-see or that fill no page, the sinks, and the merge of all parts by their log-sum-exps.
+what belongs to a row once: the window itself (appended to the cache on the way), the *edge* in front of the run that only
+some tokens see through a sliding window, the sinks, and the merge of all parts by their log-sum-exps.
 
 Method: cascade inference (FlashInfer, Ye et al. 2024), split-KV merging (FlashDecoding, Dao et al. 2023); folding the splits
 into batch rows is how a kernel that only knows batches is made to split.
@@ -21,21 +21,16 @@ from torch import Tensor
 from spec_compile.ops import attention as generic
 
 
-def bulk_range(cache_len: Tensor, num_tokens: int, page_size: int, window: int, whole_pages: bool) -> tuple[Tensor, Tensor]:
-    """(first slot, end) of the slots of each row that every window token sees: two int64 [B]; the first is page-aligned.
+def bulk_range(cache_len: Tensor, num_tokens: int, page_size: int, window: int) -> tuple[Tensor, Tensor]:
+    """(first slot, end) of the slots of each row that every window token sees: two int64 [B]; pages are cut at the end only.
 
     No token stands more than ``num_tokens - 1`` positions behind the first, so a sliding window shows every token what
     lies less than ``window - num_tokens + 1`` slots before the first.
-
-    Args:
-        whole_pages: leave a last page that is not full to ``cascade_merge``.
     """
     end = cache_len.long()
-    if whole_pages:
-        end = end // page_size * page_size
     if window == 0:
         return torch.zeros_like(end), end
-    first = (cache_len.long() + num_tokens - window).clamp(min=0)
+    first = (end + num_tokens - window).clamp(min=0)
     return torch.minimum((first + page_size - 1) // page_size * page_size, end), end
 
 
@@ -46,7 +41,7 @@ def folded_columns(columns: int, folds: int, page_size: int, window: int) -> int
 
 
 def fold_prefix(
-    page_table: Tensor, cache_len: Tensor, folds: int, num_tokens: int, page_size: int, window: int, whole_pages: bool
+    page_table: Tensor, cache_len: Tensor, folds: int, num_tokens: int, page_size: int, window: int
 ) -> tuple[Tensor, Tensor]:
     """Cut each row's bulk into ``folds`` pseudo rows: fold f takes its pages f, f + folds, f + 2 * folds, …
 
@@ -55,7 +50,7 @@ def fold_prefix(
     Args:
         page_table: int32 [B, M].
         cache_len: int32 [B].
-        num_tokens, window: the window op's N and sliding window; see ``bulk_range`` for ``whole_pages``.
+        num_tokens, window: the window op's N and sliding window.
 
     Returns:
         int32 [B * folds, ``folded_columns``] page tables, 0 behind the last page, and int32 [B * folds] lengths.
@@ -63,8 +58,8 @@ def fold_prefix(
     if page_table.device.type != "cpu":
         from spec_compile.ops.kernels import cascade
 
-        return cascade.fold_prefix(page_table, cache_len, folds, num_tokens, page_size, window, whole_pages)
-    first, end = bulk_range(cache_len, num_tokens, page_size, window, whole_pages)
+        return cascade.fold_prefix(page_table, cache_len, folds, num_tokens, page_size, window)
+    first, end = bulk_range(cache_len, num_tokens, page_size, window)
     pages = (end - first + page_size - 1) // page_size  # [B]
     fold = torch.arange(folds, device=page_table.device)
     turn = torch.arange(folded_columns(page_table.shape[1], folds, page_size, window), device=page_table.device)
@@ -94,17 +89,15 @@ def cascade_merge(
     sinks: Tensor | None,
     partial: Tensor,
     partial_lse: Tensor,
-    whole_pages: bool,
 ) -> Tensor:
     """``spec_compile::attention`` given the attention over the folds of ``fold_prefix``.
 
-    Appends the window to the cache, attends to it and to the edges, and merges with the folds.
+    Appends the window to the cache, attends to it and to the edge, and merges with the folds.
 
     Args:
         q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks: the generic op's.
         partial: [B * folds, N, Hq, Dv], each fold's attention, normalised over its own keys. Anything where a fold is empty.
         partial_lse: float32 [B * folds, Hq, N], natural log of each fold's sum of exponentials; -inf where it is empty.
-        whole_pages: as given to ``fold_prefix``.
 
     Returns:
         [B, N, Hq, Dv], contiguous, in q's dtype.
@@ -114,14 +107,14 @@ def cascade_merge(
 
         return cascade.cascade_merge(
             q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
-            partial, partial_lse, whole_pages,
+            partial, partial_lse,
         )  # fmt: skip
     generic.append_window(k, k_cache, page_table, cache_len)
     generic.append_window(v, v_cache, page_table, cache_len)
     num_tokens, page_size = q.shape[1], k_cache.shape[1]
     slots = generic.cache_slots(page_table, page_size)  # [B, S]
     visible = generic._window_and_prefix_visibility(tree_mask, cache_len, num_tokens, slots.shape[1], window)
-    first, end = bulk_range(cache_len, num_tokens, page_size, window, whole_pages)
+    first, end = bulk_range(cache_len, num_tokens, page_size, window)
     slot = torch.arange(slots.shape[1], device=q.device)
     in_bulk = (slot >= first[:, None]) & (slot < end[:, None])  # [B, S]
     keys, values = k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots]

@@ -40,15 +40,14 @@ def folded_slots(table: Tensor, lengths: Tensor, page_size: int) -> list[set[int
     return rows
 
 
-@pytest.mark.parametrize("whole_pages", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 40])
 @pytest.mark.parametrize("folds", [1, 2, 3, 8])
-def test_folds_hold_exactly_the_slots_that_every_token_sees(folds: int, window: int, whole_pages: bool):
+def test_folds_hold_exactly_the_slots_that_every_token_sees(folds: int, window: int):
     page_size, columns, num_tokens = random.choice([1, 4, 8]), 12, random.randrange(1, 6)
     lengths = [0, 1, *(random.randrange(page_size * columns - num_tokens) for _ in range(6))]
     page_table = (torch.randperm(len(lengths) * columns) + 1).view(-1, columns).to(torch.int32)
 
-    table, folded = cascade.fold_prefix(page_table, int32(lengths), folds, num_tokens, page_size, window, whole_pages)
+    table, folded = cascade.fold_prefix(page_table, int32(lengths), folds, num_tokens, page_size, window)
 
     assert table.dtype == folded.dtype == torch.int32 and table.is_contiguous()
     assert table.shape == (len(lengths) * folds, cascade.folded_columns(columns, folds, page_size, window))
@@ -62,18 +61,16 @@ def test_folds_hold_exactly_the_slots_that_every_token_sees(folds: int, window: 
         seen = [slot for slot in range(length) if window == 0 or last_token - slot < window]
         must = {slots[s] for s in seen}
         assert held <= must
-        # What is left out is less than a page at either end.
-        pages = [s // page_size for s in seen if slots[s] in must - held]
-        assert set(pages) <= ({seen[0] // page_size, seen[-1] // page_size} if seen else set())
-        if window == 0 and not whole_pages:
-            assert held == must
+        # What is left out is less than a page, at the front of a sliding window.
+        pages = {s // page_size for s in seen if slots[s] not in held}
+        assert pages <= ({seen[0] // page_size} if window and seen else set())
         sizes = sorted(len(row) for row in own)
         assert sizes[-1] - sizes[0] <= page_size, "pages are dealt out in turns"
 
 
 def test_folding_does_not_look_behind_the_table():
     """A finished row stands at its limit; its window hangs over, its prefix does not."""
-    table, length = cascade.fold_prefix(int32([[3, 5]]), int32([8]), 2, 4, 4, 0, False)
+    table, length = cascade.fold_prefix(int32([[3, 5]]), int32([8]), 2, 4, 4, 0)
     assert table.tolist() == [[3], [5]] and length.tolist() == [4, 4]
 
 
@@ -106,11 +103,10 @@ def test_attend_with_lse(softcap: float):
     torch.testing.assert_close(lse, expected_lse)
 
 
-@pytest.mark.parametrize("whole_pages", [False, True])
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("window,softcap,sinks", [(0, 0.0, False), (0, 3.0, True), (9, 0.0, True), (33, 0.0, False)])
 @pytest.mark.parametrize("folds", [1, 3])
-def test_folds_and_the_rest_make_plain_attention(folds, window, softcap, sinks, tree, whole_pages):
+def test_folds_and_the_rest_make_plain_attention(folds, window, softcap, sinks, tree):
     page_size, columns, num_tokens, lengths = 8, 9, 5, [random.randrange(64), 0, 8, random.randrange(16, 64)]
     batch = len(lengths)
     page_table = (torch.randperm(batch * columns) + 1).view(batch, columns).to(torch.int32)
@@ -125,11 +121,11 @@ def test_folds_and_the_rest_make_plain_attention(folds, window, softcap, sinks, 
     expected_caches = [cache.clone() for cache in caches]
     expected = generic.attention(*new, *expected_caches, *rows, *tail)
 
-    table, folded = cascade.fold_prefix(page_table, rows[1], folds, num_tokens, page_size, window, whole_pages)
+    table, folded = cascade.fold_prefix(page_table, rows[1], folds, num_tokens, page_size, window)
     q = new[0].repeat_interleave(folds, 0)
     partial, lse = torch.empty(*q.shape[:3], 6, dtype=torch.float64), torch.empty(batch * folds, 4, num_tokens)
     flash_attn_fwd(q, *caches, seqused_k=folded, page_table=table, softmax_scale=0.4, softcap=softcap, out=partial, lse=lse)
-    out = cascade.cascade_merge(*new, *caches, *rows, *tail, partial, lse, whole_pages)
+    out = cascade.cascade_merge(*new, *caches, *rows, *tail, partial, lse)
 
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # log-sum-exps are float32
     for cache, wanted in zip(caches, expected_caches, strict=True):
@@ -142,6 +138,6 @@ def test_a_sink_counts_once_however_many_folds():
     caches = [torch.zeros(2, 4, 1, 4) for _ in range(2)]
     partial, lse = torch.full((4, 1, 1, 4), float("nan")), torch.full((4, 1, 1), float("-inf"))
     rows, tail = (int32([[1]]), int32([0]), None), (0.5, 0, 0.0, torch.tensor([1.0]))
-    out = cascade.cascade_merge(q, k, v, *caches, *rows, *tail, partial, lse, False)
+    out = cascade.cascade_merge(q, k, v, *caches, *rows, *tail, partial, lse)
     weight = torch.tensor(2.0).exp() / (torch.tensor(2.0).exp() + torch.tensor(1.0).exp())
     torch.testing.assert_close(out, v * weight)

@@ -24,7 +24,7 @@ from torch.library import opcheck
 from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
 from spec_compile.ops.providers import AttentionNode, Availability, as_lowered, fa4
-from spec_compile.ops.providers.fa4 import BulkConfig, choose_bulk_config
+from spec_compile.ops.providers.fa4 import Splits, choose_splits, choose_tile
 from spec_compile.passes.graph import CacheSlot
 from spec_compile.passes.lower import lower as lower_graph
 
@@ -52,7 +52,7 @@ def fresh_probe() -> Iterator[None]:
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """FA4 in PyTorch, and a number of folds."""
     monkeypatch.setattr(fa4, "_interface", fa4_in_torch.interface)
-    monkeypatch.setattr(fa4, "choose_bulk_config", lambda *args, **kwargs: BulkConfig(request.param, 1, None))
+    monkeypatch.setattr(fa4, "choose_splits", lambda *args: Splits(request.param, 1))
     return request.param
 
 
@@ -180,35 +180,50 @@ def test_nothing_of_fa4_is_imported_before_it_is_probed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "kv_heads", "rows", "pages", "folds", "tile_m"),
+    ("batch", "kv_heads", "rows", "capacity", "folds"),
     [
-        (1, 8, 32, 1000, 16, 64),  # 8 tokens of an 8B model: 128 programs on 132 multiprocessors
-        (1, 8, 4, 1000, 16, 64),
-        (1, 8, 128, 1000, 16, 128),
-        (1, 8, 256, 1000, 8, 128),  # two tiles a head
-        (8, 8, 32, 1000, 2, 64),
-        (32, 8, 32, 1000, 1, 64),
-        (1, 8, 32, 3, 3, 64),  # no fold without a page
-        (1, 1, 32, 1000, 32, 64),
+        (1, 8, 32, 65536, 16),  # 8 tokens of an 8B model: 128 programs on 132 multiprocessors
+        (1, 8, 4, 65536, 16),
+        (1, 8, 128, 65536, 16),
+        (1, 8, 256, 65536, 8),  # two tiles of queries a head
+        (1, 8, 32, 200, 3),  # no fold without keys
+        (1, 8, 32, 16, 1),
+        (1, 1, 32, 65536, 32),
+        (8, 8, 32, 65536, 2),
+        (8, 8, 32, 1024, 1),  # copies of the queries would cost more
+        (2, 8, 32, 4096, 4),
+        (32, 8, 32, 65536, 1),
     ],
 )
-def test_folds_fill_the_device_and_no_more(batch, kv_heads, rows, pages, folds, tile_m) -> None:
-    config = choose_bulk_config("sm90", 132, batch, kv_heads, rows, pages)
-    assert (config.folds, config.native_splits, config.tile[0]) == (folds, 1, tile_m)
+def test_folds_fill_the_device_and_no_more(batch, kv_heads, rows, capacity, folds) -> None:
+    assert choose_splits(H200, batch, kv_heads, rows, capacity) == Splits(folds, 1)
 
 
 def test_hopper_never_asks_for_native_splits() -> None:
     """FA4 4.0.0b36 asserts against them there."""
     for batch in range(1, 70):
-        for pages in (1, 5, 1000):
-            assert choose_bulk_config("sm90", 132, batch, 8, 32, pages).native_splits == 1
+        for capacity in (1, 100, 5000, 100_000):
+            assert choose_splits(H200, batch, 8, 32, capacity).native == 1
 
 
 @pytest.mark.parametrize("arch", ["sm100", "sm103", "sm110"])
 def test_blackwell_splits_batches_natively_and_folds_one_row(arch: str) -> None:
-    assert choose_bulk_config(arch, 148, 1, 8, 32, 1000) == BulkConfig(18, 1, None)
-    assert choose_bulk_config(arch, 148, 4, 8, 32, 1000) == BulkConfig(1, 4, None)
-    assert choose_bulk_config(arch, 148, 64, 8, 32, 1000) == BulkConfig(1, 1, None)
+    blackwell = Hardware("nvidia", arch, 148, arch)
+    assert choose_splits(blackwell, 1, 8, 32, 65536) == Splits(18, 1)
+    assert choose_splits(blackwell, 4, 8, 32, 65536) == Splits(1, 4)
+    assert choose_splits(blackwell, 4, 8, 32, 256) == Splits(1, 2)
+    assert choose_splits(blackwell, 64, 8, 32, 65536) == Splits(1, 1)
+    assert choose_tile(arch, 32, 128, 128) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "dims", "tile"),
+    [(32, (128, 128), (64, 128)), (65, (64, 64), (128, 128)), (64, (192, 128), (64, 112)), (200, (256, 256), (128, 80))],
+)
+def test_tiles_fit_a_multiprocessor(rows: int, dims: tuple[int, int], tile: tuple[int, int]) -> None:
+    assert choose_tile("sm90", rows, *dims) == tile
+    # The queries, and two stages of keys and values, in two bytes each (flash_fwd_sm90.py, shared storage).
+    assert 2 * (tile[0] * dims[0] + 2 * tile[1] * sum(dims)) <= 227 * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,20 +295,20 @@ def test_layers_of_one_window_share_a_plan() -> None:
 
 def test_warm_up_folds_as_the_rows_capacity_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """What FA4 compiles depends on whether there are folds, so a table as short as the example's would warm the wrong one."""
-    pages = []
+    capacities = []
     monkeypatch.setattr(fa4, "_interface", fa4_in_torch.interface)
 
-    def config(arch, num_sms, batch, num_kv_heads, rows, columns):
-        pages.append(columns)
-        return BulkConfig(2, 1, None)
+    def splits(hardware, batch, num_kv_heads, rows, capacity):
+        capacities.append(capacity)
+        return Splits(2, 1)
 
-    monkeypatch.setattr(fa4, "choose_bulk_config", config)
+    monkeypatch.setattr(fa4, "choose_splits", splits)
     small = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16, "v_head_dim": 16, "dtype": torch.float32}
     small |= {"kv_dtype": torch.float32}
     fa4.warm_up(node(max_context=1000, **small), torch.device("cpu"))
-    assert set(pages) == {16}
+    assert set(capacities) == {1024}
     fa4.warm_up(node(**small), torch.device("cpu"))
-    assert set(pages) == {16, 1}
+    assert set(capacities) == {1024, 64}
     fa4.warm_up(node(**PREFILL, **small), torch.device("cpu"))
 
 
@@ -309,8 +324,8 @@ from spec_compile.ops.kernels import cascade as kernels
 from spec_compile.ops.providers import fa4
 cascade.fold_prefix, cascade.cascade_merge = kernels.fold_prefix, kernels.cascade_merge
 fa4._interface = fa4_in_torch.interface
-for folds, fa4.WHOLE_PAGES in ((1, True), (3, False)):
-    fa4.choose_bulk_config = lambda *args: fa4.BulkConfig(folds, 1, None)
+for folds in (1, 3):
+    fa4.choose_splits = lambda *args: fa4.Splits(folds, 1)
     check("fa4", {case}, torch.float32, "cpu")
 """
 

@@ -2,7 +2,7 @@
 
 Prompts go to FA4 whole, packed (causal, sliding windows, softcap, sinks). A window op (verify, draft) is a cascade
 (``ops/cascade.py``) of two launches a layer: FA4, without a mask, over the slots every window token sees, folded into batch
-rows; then one Triton kernel for the window under its tree, the edges of sliding windows, the sinks and the merge. So FA4 needs
+rows; then one Triton kernel for the window under its tree, the edge of a sliding window, the sinks and the merge. So FA4 needs
 one simple specialization whatever the mask, trees included, and works in parallel along the keys of a row also on Hopper, where
 its own split-KV is refused ("SplitKV not supported on SM 9.0", flash-attn-4 4.0.0b36, interface.py). The folded page tables
 are planned once per round for all layers.
@@ -131,45 +131,61 @@ def warm_up(node: AttentionNode, device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How the bulk of the prefix is cut
+# How the bulk of the prefix is cut: from static data only, so that every replay of a captured graph does what was captured
 
 
 @dataclass(frozen=True)
-class BulkConfig:
-    """Static shape of the bulk's launch.
+class Splits:
+    """How many ways along its keys a row's bulk is cut.
 
     Attributes:
         folds: pseudo rows of each row.
-        native_splits: FA4's own split-KV of each pseudo row.
-        tile: (query rows, keys) of FA4's tiles; None leaves them to FA4.
+        native: FA4's own split-KV of each pseudo row.
     """
 
     folds: int
-    native_splits: int
-    tile: tuple[int, int] | None
+    native: int
 
 
-def choose_bulk_config(
-    arch: str, num_sms: int, batch: int, num_kv_heads: int, rows: int, pages: int, head_dim: int = 128
-) -> BulkConfig:
-    """How to cut the bulk, from static data only, so that every replay of a captured graph does what was captured.
+MAX_SPLITS = 32
+FOLD_SLOTS = 64  # that the longest row fills of each fold, at least; two pages or fewer are as fast in one fold
+COPIED_FOLD_SLOTS = 1024  # the same where every fold needs a copy of the queries, which takes as long as reading these
+NATIVE_SPLIT_SLOTS = 128  # a tile of FA4's on Blackwell
+
+
+def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int) -> Splits:
+    """Enough programs to fill the device, none without keys in the longest row.
+
+    On an H200 (32/8 heads of 128 dims, 8 tokens) one row of 2048 keys takes 6.3 us in 8 folds, 6.0 in 16, 8.8 in 32; of 16384
+    keys 24.1, 20.2 and 22.6; 8 rows of 16384 keys 155 us in one fold, 122 in 2, 125 in 4: one program a multiprocessor is best.
 
     Args:
         rows: packed queries of a row and key/value head: N * Hq / Hkv.
-        pages: columns of the page table.
+        capacity: slots a row could hold.
     """
-    tile_m = 64 if rows <= 64 else 128
-    programs = batch * num_kv_heads * -(-rows // tile_m)
-    splits = max(1, min(num_sms // programs, pages, MAX_FOLDS))
+    wanted = min(hardware.num_sms // (batch * num_kv_heads * -(-rows // _tile_m(rows))), MAX_SPLITS)
+    if batch == 1:  # the queries of one row are broadcast to its folds
+        return Splits(max(1, min(wanted, capacity // FOLD_SLOTS)), 1)
+    if hardware.arch in _BLACKWELL:
+        return Splits(1, max(1, min(wanted, capacity // NATIVE_SPLIT_SLOTS)))
+    return Splits(max(1, min(wanted, capacity // COPIED_FOLD_SLOTS)), 1)
+
+
+def _tile_m(rows: int) -> int:
+    return 64 if rows <= 64 else 128
+
+
+def choose_tile(arch: str, rows: int, head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
+    """(query rows, keys) of FA4's tiles; None leaves them to FA4.
+
+    FA4's choice for Hopper has 128 or 192 query rows. Half of 128 takes 6.0 us where that takes 7.4 (8 tokens of 4 heads, 2048
+    keys, H200). The keys are FA4's: more do not fit into shared memory beside 128 query rows (interface.py
+    ``_tile_size_fwd_sm90``).
+    """
     if arch in _BLACKWELL:
-        # A batch of folds needs a copy of the queries for each; one row's are broadcast. FA4 splits itself there.
-        return BulkConfig(splits, 1, None) if batch == 1 else BulkConfig(1, splits, None)
-    return BulkConfig(splits, 1, (tile_m, TILE_N))
-
-
-MAX_FOLDS = 32
-TILE_N = 128
-WHOLE_PAGES = False
+        return None
+    widest = max(head_dim, v_head_dim)
+    return _tile_m(rows), 128 if widest <= 128 else 112 if widest <= 192 else 80
 
 
 @torch.library.custom_op("spec_compile::attention_fa4_plan", mutates_args=())
@@ -192,21 +208,21 @@ def attention_fa4_plan(
     Returns:
         int32 [B * folds, columns] page tables and int32 [B * folds] lengths: ``ops.cascade.fold_prefix``.
     """
-    folds = _bulk_config(page_table, num_kv_heads, rows).folds
-    return cascade.fold_prefix(page_table, cache_len, folds, num_tokens, page_size, window, WHOLE_PAGES)
+    folds = _splits(page_table, num_kv_heads, rows, page_size).folds
+    return cascade.fold_prefix(page_table, cache_len, folds, num_tokens, page_size, window)
 
 
 @attention_fa4_plan.register_fake
 def attention_fa4_plan_fake(page_table, cache_len, tree_mask, num_tokens, rows, num_kv_heads, page_size, window):
-    folds = _bulk_config(page_table, num_kv_heads, rows).folds
+    folds = _splits(page_table, num_kv_heads, rows, page_size).folds
     columns = cascade.folded_columns(page_table.shape[1], folds, page_size, window)
     pseudo_rows = page_table.shape[0] * folds
     return page_table.new_empty(pseudo_rows, columns), page_table.new_empty(pseudo_rows)
 
 
-def _bulk_config(page_table: Tensor, num_kv_heads: int, rows: int) -> BulkConfig:
-    hardware = detect_hardware(page_table.device)
-    return choose_bulk_config(hardware.arch, hardware.num_sms, page_table.shape[0], num_kv_heads, rows, page_table.shape[1])
+def _splits(page_table: Tensor, num_kv_heads: int, rows: int, page_size: int) -> Splits:
+    batch, columns = page_table.shape
+    return choose_splits(detect_hardware(page_table.device), batch, num_kv_heads, rows, columns * page_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,13 +251,21 @@ def attention_fa4(
     Args:
         folded_table, folded_len: outputs of ``attention_fa4_plan``.
     """
-    batch, folds = q.shape[0], folded_table.shape[0] // q.shape[0]
-    config = _bulk_config(page_table, k.shape[2], q.shape[1] * q.shape[2] // k.shape[2])
-    queries = q.expand(folds, -1, -1, -1) if batch == 1 else q.repeat_interleave(folds, 0) if folds > 1 else q
-    partial, partial_lse = bulk_attention(queries, k_cache, v_cache, folded_table, folded_len, scale, softcap, config)
+    batch, num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size, v_dim = k.shape[2], k_cache.shape[1], v.shape[3]
+    rows, folds = num_tokens * num_heads // num_kv_heads, folded_table.shape[0] // batch
+    if batch == 1:
+        queries = q.expand(folds, -1, -1, -1)
+    else:  # no four strides address row b of every fold, so more than one fold takes a copy
+        queries = q[:, None].expand(-1, folds, -1, -1, -1).reshape(batch * folds, num_tokens, num_heads, head_dim)
+    partial, partial_lse = bulk_attention(
+        queries, k_cache, v_cache, folded_table, folded_len, scale, softcap,
+        native_splits=_splits(page_table, num_kv_heads, rows, page_size).native,
+        tile=choose_tile(detect_hardware(q.device).arch, rows, head_dim, v_dim),
+    )  # fmt: skip
     return cascade.cascade_merge(
         q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
-        partial, partial_lse, WHOLE_PAGES,
+        partial, partial_lse,
     )  # fmt: skip
 
 
@@ -260,12 +284,15 @@ def bulk_attention(
     lengths: Tensor,
     scale: float,
     softcap: float,
-    config: BulkConfig,
+    *,
+    native_splits: int,
+    tile: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Every query over every slot of its pseudo row, by FA4.
 
     Args:
         q: [B * folds, N, Hq, D]; page_table: int32 [B * folds, columns]; lengths: int32 [B * folds].
+        native_splits, tile: see ``Splits`` and ``choose_tile``.
 
     Returns:
         [B * folds, N, Hq, Dv] in q's dtype, and float32 [B * folds, Hq, N] natural log-sum-exp, -inf where a row is empty.
@@ -275,7 +302,7 @@ def bulk_attention(
     lse = torch.empty(rows, num_heads, num_tokens, dtype=torch.float32, device=q.device)
     _interface()._flash_attn_fwd(
         q, k_cache, v_cache, page_table=page_table, seqused_k=lengths, softmax_scale=scale, causal=False,
-        softcap=softcap, tile_mn=config.tile, num_splits=config.native_splits, out=out, lse=lse,
+        softcap=softcap, tile_mn=tile, num_splits=native_splits, out=out, lse=lse,
     )  # fmt: skip
     return out, lse
 
@@ -295,7 +322,7 @@ def prefill_attention_fa4(
     sinks: Tensor | None,
 ) -> Tensor:
     """``prefill_attention``: one launch fills the pages, FA4 attends to the packed prompts."""
-    kv_write_packed._opoverload(k, v, k_cache, v_cache, page_table, cu_seqlens)
+    kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     # FA4 sizes its grid by the packed length; this bound only has to be one, and above a tile, because FA4 compiles once
     # more for prompts that fit one tile.
