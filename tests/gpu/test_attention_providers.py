@@ -111,9 +111,8 @@ def test_fa4_partials_carry_the_natural_lse(tokens: int, dims: tuple[int, int], 
     from spec_compile.ops.providers import fa4
 
     lengths, page_size, heads = [0, 1, 63, 64, 65, 700, 1300, 2], 64, (16, 4)
-    hardware = detect_hardware("cuda")
     columns = -(-max(lengths) // page_size)
-    config = fa4.choose_bulk_config(hardware.arch, hardware.num_sms, len(lengths), heads[1], tokens * 4, columns, dims[0])
+    tile = fa4.choose_tile(detect_hardware("cuda").arch, tokens * heads[0] // heads[1], *dims)
     table = (torch.randperm(len(lengths) * columns, device="cuda") + 1).view(-1, columns).to(torch.int32)
     slots = cache_slots(table, page_size)  # [B, S]
     live = torch.arange(slots.shape[1], device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
@@ -124,7 +123,7 @@ def test_fa4_partials_carry_the_natural_lse(tokens: int, dims: tuple[int, int], 
         caches.append(cache.bfloat16())
     q = torch.randn(len(lengths), tokens, heads[0], dims[0], device="cuda").bfloat16()
     used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    out, lse = fa4.bulk_attention(q, *caches, table, used, dims[0] ** -0.5, softcap, config)
+    out, lse = fa4.bulk_attention(q, *caches, table, used, dims[0] ** -0.5, softcap, native_splits=1, tile=tile)
 
     keys, values = (cache.double().flatten(0, 1)[slots] for cache in caches)
     visible = live[:, None].expand(-1, tokens, -1)
