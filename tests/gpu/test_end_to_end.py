@@ -94,6 +94,16 @@ def test_a_round_does_not_sync() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """The host's own buffers stay on the host, pinned ones above all."""
+    model = spec_compile(tiny_model("llama", device="cuda"), min_ngram=1, num_steps=3, compile="none")
+    inputs = on_gpu(left_padded(2, 11))
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    with torch.device("cuda"):
+        got = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(got, expected) and model.spec.stats().mode == "rounds"
+
+
 def test_padding_rows_are_harmless() -> None:
     """Three rows in a bucket of four give what each gives alone."""
     model = spec_compile(tiny_model("llama", device="cuda"), min_ngram=1, compile="none")
