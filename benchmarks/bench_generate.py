@@ -300,7 +300,7 @@ def run_starts(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def run_prompts(args: argparse.Namespace, result: dict[str, Any]) -> None:
     system = System("ours_ngram", "ours, n-gram", True, "ngram", 7)  # nothing simulated
-    result["prompts"] = rows = [{"name": name, "kind": kind} for name, kind, _ in shapes.REAL_PROMPTS]
+    result["prompts"] = rows = [{"name": name, "kind": "unknown"} for name, _ in shapes.REAL_PROMPTS]
     try:
         dtype = getattr(torch, args.dtype)
         model, tokenizer = shapes.load_real(dtype, args.device)
@@ -308,8 +308,8 @@ def run_prompts(args: argparse.Namespace, result: dict[str, Any]) -> None:
         twin = shapes.load_real(dtype, args.device)[0]  # a second object: ours is attached to the model itself
         with attached(system, twin, None, args) as ours:
             with shapes.time_limit(10 * args.cell_budget):  # compiles, which on a few CPU cores takes minutes
-                ours(encode(tokenizer, shapes.REAL_PROMPTS[0][2], args.device), args.new_tokens)
-            for row, (_, _, text) in zip(rows, shapes.REAL_PROMPTS, strict=True):
+                ours(encode(tokenizer, shapes.REAL_PROMPTS[0][1], args.device), args.new_tokens)
+            for row, (_, text) in zip(rows, shapes.REAL_PROMPTS, strict=True):
                 try:
                     with shapes.time_limit(3 * args.cell_budget):
                         row.update(compare_prompt(plain, ours, tokenizer, text, args))
@@ -340,7 +340,12 @@ def compare_prompt(plain: Runner, ours: Runner, tokenizer: Any, text: str, args:
             begin = time.perf_counter()
             outputs[which] = runner(inputs, args.new_tokens)[0, inputs["input_ids"].shape[1] :].cpu()
             speeds[which].append(len(outputs[which]) / (time.perf_counter() - begin))
-    return report.prompt_row(outputs, *speeds) | {"accept_length": our_stats(ours.model)["accept_length"]}
+    quoted = shapes.quoted_share(inputs["input_ids"][0].tolist(), outputs[0].tolist())
+    return report.prompt_row(outputs, *speeds) | {
+        "quoted_share": quoted,
+        "kind": "quoting" if quoted >= 0.5 else "free",
+        "accept_length": our_stats(ours.model)["accept_length"],
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ def prompt_row(outputs: Sequence[Any], plain: list[float], ours: list[float]) ->
 def acceptance_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for kind, bound in (("quoting", 1.5), ("free", 0.95)):
-        ratios = [row.get("ratio") for row in rows if row["kind"] == kind]
-        if None in ratios:
+        ratios = [row["ratio"] for row in rows if row["kind"] == kind]
+        if not ratios or any("ratio" not in row for row in rows):
             lines.append(f"{kind} prompts: not all measured, bound {bound} NOT CHECKED")
         else:
             verdict = "met" if min(ratios) >= bound else "MISSED"
@@ -162,7 +162,7 @@ def acceptance_lines(rows: list[dict[str, Any]]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: (header, rows of strings, notes)
 
-_TEXT_COLUMNS = ("system", "prompt", "kind", "start, fresh process, batch 1", "error")
+_TEXT_COLUMNS = ("system", "prompt", "start, fresh process, batch 1", "error")
 Table = tuple[Sequence[str], list[list[str]], list[str]]
 
 
@@ -246,16 +246,16 @@ def starts_table(result: dict[str, Any]) -> Table:
 
 
 def prompts_table(result: dict[str, Any]) -> Table:
-    header = ["prompt", "kind", "tokens", "plain tok/s", "ours tok/s", "ratio", "range", "best/best", "accept", "same output"]
+    header = ["prompt", "quoted", "tokens", "plain tok/s", "ours tok/s", "ratio", "range", "best/best", "accept", "same output"]
     rows, notes = [], []
     for p in result["prompts"]:
         if "ratio" not in p:
             notes.append(f"{p['name']}: {p.get('error', 'not reached')}")
-            rows.append([p["name"], p["kind"], "–", "–", "–", "error", "–", "–", "–", "–"])
+            rows.append([p["name"], "–", "–", "–", "–", "error", "–", "–", "–", "–"])
             continue
         rows.append([
-            p["name"], p["kind"], str(p["tokens"]), f"{p['plain']:.1f}", f"{p['ours']:.1f}", f"{p['ratio']:.2f}",
-            "{:.2f}–{:.2f}".format(*p["ratio_range"]), f"{p['ratio_of_best']:.2f}", _number(p["accept_length"], ".2f"),
+            p["name"], f"{p['quoted_share']:.0%}", str(p["tokens"]), f"{p['plain']:.1f}", f"{p['ours']:.1f}",
+            f"{p['ratio']:.2f}", "{:.2f}–{:.2f}".format(*p["ratio_range"]), f"{p['ratio_of_best']:.2f}", _number(p["accept_length"], ".2f"),
             "yes" if p["same_output"] else f"no, from token {p['first_difference']}",
         ])  # fmt: skip
     for line in result.get("acceptance", []):

@@ -10,7 +10,7 @@ import gc
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +155,7 @@ SYSTEMS = {  # ours first: Hugging Face's are slow to warm, and a run that is cu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Real prompts: three whose answer quotes the prompt, three whose answer does not
+# Real prompts: some ask for a quotation, some do not. Whether an answer quotes is measured, models do not always obey.
 
 _MINUTES = (
     "The harbour committee met on Tuesday. Ms Okafor reported that the north crane was repaired for 4,120 euros and "
@@ -184,15 +184,34 @@ _TABLE = "\n".join(
         ("Fulmar", 1940, 12.8),
     )
 )
-QUOTING, FREE = "quoting", "free"
-REAL_PROMPTS: tuple[tuple[str, str, str], ...] = (  # (name, kind, prompt)
-    ("repeat-minutes", QUOTING, f"Repeat the following text word for word, twice:\n\n{_MINUTES}"),
-    ("rename-in-code", QUOTING, f"Copy this function, changing only its name to running_mean:\n\n{_CODE}"),
-    ("copy-table", QUOTING, f"Copy this list of ships exactly as it is:\n\n{_TABLE}"),
-    ("story", FREE, "Write a short story about a lighthouse keeper who learns to paint."),
-    ("explain", FREE, "Explain to a child why the sky is blue and why sunsets are red."),
-    ("plan", FREE, "Suggest a plan for a first week of learning to play the cello, day by day."),
+_BROKEN_CODE = (
+    "```python\n"
+    "def mean_and_spread(values)\n"
+    "    mean = sum(values) / len(values)\n"
+    "    squares = [(value - mean) ** 2 for value in values]\n"
+    "    spread = (sum(squares) / len(values)) ** 0.5\n"
+    "    return mean, spread\n"
+    "```"
 )
+REAL_PROMPTS: tuple[tuple[str, str], ...] = (  # (name, prompt)
+    ("repeat-minutes", f"Repeat the following text word for word, twice:\n\n{_MINUTES}"),
+    ("fix-code", f"Fix this Python function: a colon is missing. Print the whole function.\n\n{_BROKEN_CODE}"),
+    ("rename-in-code", f"Copy this function, changing only its name to running_mean:\n\n{_CODE}"),
+    ("copy-table", f"Copy this list of ships exactly as it is:\n\n{_TABLE}"),
+    ("story", "Write a short story about a lighthouse keeper who learns to paint."),
+    ("explain", "Explain to a child why the sky is blue and why sunsets are red."),
+    ("plan", "Suggest a plan for a first week of learning to play the cello, day by day."),
+)
+
+
+def quoted_share(prompt: Sequence[int], answer: Sequence[int], length: int = 4) -> float:
+    """Share of the answer's tokens that stand in a run of ``length`` tokens which the prompt has too."""
+    runs = {tuple(prompt[i : i + length]) for i in range(len(prompt) - length + 1)}
+    quoted: set[int] = set()
+    for start in range(len(answer) - length + 1):
+        if tuple(answer[start : start + length]) in runs:
+            quoted.update(range(start, start + length))
+    return len(quoted) / len(answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -161,9 +161,18 @@ def test_prompt_row_finds_the_first_difference() -> None:
     assert same["same_output"] and same["ratio"] == 2.5 and same["ratio_range"] == [2.0, 3.0]
     longer = report.prompt_row([torch.tensor([1, 2]), torch.tensor([1, 2, 3])], [1.0], [1.0])
     assert not longer["same_output"] and longer["first_difference"] == 2
-    rows = [{"kind": "quoting", "ratio": 1.4}, {"kind": "free", "ratio": 0.97}, {"kind": "free"}]
+    rows = [{"kind": "quoting", "ratio": 1.4}, {"kind": "free", "ratio": 0.97}]
     lines = report.acceptance_lines(rows)
-    assert "MISSED" in lines[0] and "NOT CHECKED" in lines[1]
+    assert "MISSED" in lines[0] and "0.97, bound 0.95 met" in lines[1]
+    lines = report.acceptance_lines([*rows, {"kind": "unknown"}])
+    assert "NOT CHECKED" in lines[0] and "NOT CHECKED" in lines[1]
+
+
+def test_quoted_share_counts_tokens_in_runs_of_the_prompt() -> None:
+    prompt = list(range(20))
+    assert shapes.quoted_share(prompt, [3, 4, 5, 6, 7]) == 1.0
+    assert shapes.quoted_share(prompt, [3, 4, 5, 90, 91, 92]) == 0.0, "three in a row are no quotation"
+    assert shapes.quoted_share(prompt, [90, 3, 4, 5, 6, 91]) == pytest.approx(4 / 6)
 
 
 def test_device_visit_is_portable() -> None:

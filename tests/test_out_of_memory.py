@@ -52,7 +52,7 @@ def test_many_short_rows_do_not_stand_in_the_way_of_a_long_one(limited):
 def test_what_does_not_fit_alone_is_refused_and_smaller_requests_go_on(limited):
     model, reference = compiled(), tiny_model("llama", max_position_embeddings=4096)
     limited["slots"] = 2 * 1024
-    with pytest.raises(SpecCompileError, match="no memory for a KV pool of 3 rows × 1024 tokens.*fewer rows"):
+    with pytest.raises(SpecCompileError, match=r"no memory for a KV pool of 3 rows × 1024 tokens.*fewer rows"):
         text(model, 3)
     assert model.spec._engine.target.pool is None
     assert torch.equal(text(model, 2), text(reference, 2))
