@@ -69,6 +69,36 @@ def test_kernels_match_the_reference(name: str, interpreter: None) -> None:
     assert result.returncode == 0, result.stderr
 
 
+# The interpreter rounds to float8 and bfloat16 in its own way (down, or halves up), so new keys and values are such that need
+# no rounding, or must saturate. How hardware rounds is checked bit by bit on GPUs.
+NARROW = """
+import torch, attention_contract
+from attention_contract import *
+from spec_compile.ops.attention import as_cached
+make_problem = attention_contract.make_problem
+def representable(*args):
+    problem = make_problem(*args)
+    dtype = problem.caches[0].dtype
+    problem.new[1:] = [torch.where(x.abs() > torch.finfo(dtype).max, x, as_cached(x, dtype)) for x in problem.new[1:]]
+    return problem
+attention_contract.make_problem = representable
+torch.manual_seed(0)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
+def test_kernels_read_caches_of_a_narrower_type(dtype: str, interpreter: None) -> None:
+    cases = (
+        "Case((37, 0), 3, (6, 2), (24, 16), tree=True, sinks=True, padding_rows=1, outliers=True)",
+        "Case((40, 5), 3, (5, 1), (40, 32), tree=True, latent=True)",
+        "Case((70, 0, 33), 0, (4, 2), (16, 24), packed=True, outliers=True)",
+        "Case((40, 5), 0, (3, 1), (48, 32), packed=True, latent=True)",
+    )
+    calls = "\n".join(f"check('triton', {case}, torch.float32, 'cpu', torch.{dtype})" for case in cases)
+    result = run_interpreted(NARROW + calls)
+    assert result.returncode == 0, result.stderr
+
+
 def node(**changes: object) -> AttentionNode:
     fields = {
         "op": "attention", "stage": "verify", "batch": 2, "num_tokens": 4, "num_q_heads": 8, "num_kv_heads": 2,
@@ -92,6 +122,7 @@ def test_supports_what_the_contract_asks() -> None:
     [
         ({"dtype": torch.float64}, "dtype"),
         ({"kv_dtype": torch.float32}, "cache's dtype"),
+        ({"kv_dtype": torch.int8}, "cache's dtype"),
         ({"page_size": 24}, "page size"),
         ({"page_size": 8}, "page size"),
         ({"head_dim": 288}, "head dims"),
