@@ -334,3 +334,74 @@ for folds in (1, 3):
 def test_kernels_keep_the_contract(name: str, interpreter: None) -> None:  # noqa: F811
     result = run_interpreted(INTERPRETED.replace("{case}", repr(SMALL[name])))
     assert result.returncode == 0, result.stderr
+
+
+COMPILED = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spec_compile.ops.kernels.cascade import _cascade_merge_kernel as kernel
+constants = dict(N=8, G=4, HKV=8, D=128, DV=128, FOLDS=16, BLOCK_F=16, TOKENS=4, BLOCK_R=16, BLOCK_C=16, BLOCK_W=16, BLOCK_E=64,
+                 BLOCK_D=128, WORDS=1, PAGE_SIZE=64, HAS_TREE=True, HAS_WINDOW=True, HAS_SOFTCAP=True, HAS_SINKS=True)
+types = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+types |= {"page_table_ptr": "*i32", "cache_len_ptr": "*i32", "mask_ptr": "*i32", "lse_ptr": "*fp32"}
+types |= {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(constants, "constexpr")
+signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def test_the_merge_kernel_compiles_for_hopper() -> None:
+    """The interpreter does not see types that change from one turn of a loop to the next; the compiler does."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-"], input=COMPILED, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FlashAttention-4 itself, where it is installed: compiled for devices that are not here
+
+CROSS_COMPILED = """
+import os, sys
+arch, sms, batch, folds, native, dim, page_size, softcap = (int(x) for x in sys.argv[1:])
+os.environ |= {"FLASH_ATTENTION_ARCH": f"sm_{arch}", "CUTE_DSL_ARCH": f"sm_{arch}a", "FLASH_ATTENTION_NUM_SMS": str(sms)}
+os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "0"
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from spec_compile.ops.providers import fa4
+interface = fa4._interface()
+import cutlass
+make_stream = interface.cute.runtime.make_fake_stream
+interface.cute.runtime.make_fake_stream = lambda *args, **kwargs: make_stream()  # no tensor is on a GPU to take one from
+interface._validate_tensor = lambda *args: None  # asks even fakes for CUDA
+cutlass.utils.HardwareInfo.__init__ = lambda self, *args: None  # asks the driver
+cutlass.utils.HardwareInfo.get_device_multiprocessor_count = lambda self: sms
+with FakeTensorMode():
+    q = torch.empty(batch, 8, 48, dim, dtype=torch.bfloat16)[:, :, :32]
+    q = q.expand(folds, -1, -1, -1) if batch == 1 else q
+    caches = [torch.empty(100, page_size, 8, dim, dtype=torch.bfloat16) for _ in range(2)]
+    table, lengths = torch.empty(batch * folds, 5, dtype=torch.int32), torch.empty(batch * folds, dtype=torch.int32)
+    tile = fa4.choose_tile(f"sm{arch}", 32, dim, dim)
+    fa4.bulk_attention(q, *caches, table, lengths, 0.1, float(softcap), native_splits=native, tile=tile)
+assert len(interface._flash_attn_fwd.compile_cache.cache) == 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "90 132 1 16 1 128 64 0",
+        "90 132 4 1 1 256 64 0",
+        "90 132 4 1 1 80 16 30",
+        "100 148 1 18 1 128 64 0",
+        "100 148 4 1 4 128 64 0",
+        "110 20 4 1 2 128 128 0",
+    ],
+)
+def test_fa4_compiles_what_the_provider_asks_for(problem: str) -> None:
+    if not fa4.probe().ok:
+        pytest.skip(str(fa4.probe().problem))
+    command = [sys.executable, "-c", CROSS_COMPILED, *problem.split()]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr[-3000:]
