@@ -255,7 +255,8 @@ def prompts_table(result: dict[str, Any]) -> Table:
             continue
         rows.append([
             p["name"], f"{p['quoted_share']:.0%}", str(p["tokens"]), f"{p['plain']:.1f}", f"{p['ours']:.1f}",
-            f"{p['ratio']:.2f}", "{:.2f}–{:.2f}".format(*p["ratio_range"]), f"{p['ratio_of_best']:.2f}", _number(p["accept_length"], ".2f"),
+            f"{p['ratio']:.2f}", "{:.2f}–{:.2f}".format(*p["ratio_range"]), f"{p['ratio_of_best']:.2f}",
+            _number(p["accept_length"], ".2f"),
             "yes" if p["same_output"] else f"no, from token {p['first_difference']}",
         ])  # fmt: skip
     for line in result.get("acceptance", []):
