@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -84,20 +86,25 @@ class AttentionTuner:
 
     def key(self, node: AttentionNode, names: tuple[str, ...]) -> str:
         """Everything a time depends on, as text: device, versions of what runs, our own sources, the node."""
-        import triton
-
         return json.dumps(
             {
                 "device": self.hardware.name,
                 "arch": self.hardware.arch,
                 "torch": torch.__version__,
-                "triton": triton.__version__,
+                "triton": _triton_version(),
                 "providers": {name: str(providers.load(name).probe().version) for name in names},
                 "sources": source_hash(),
                 "node": {name: str(value) for name, value in dataclasses.asdict(node).items()},
             },
             sort_keys=True,
         )
+
+
+def _triton_version() -> str:
+    """Of whatever distribution provides it; every provider but ``torch`` has kernels in it."""
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    return importlib.import_module("triton").__version__
 
 
 # ----------------------------------------------------------------------------------------------------------------------
