@@ -86,8 +86,9 @@ class SegmentCompiler:
             fakes = [fake(node) for node in placeholders(segment)]
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
+            fixed = {"post_grad_custom_pre_pass": salt} | (_DYNAMIC_SORT if symbolic and _sorts(segment) else {})
             candidates = [
-                _compile(copy.deepcopy(segment), examples, {"post_grad_custom_pre_pass": salt, **options})
+                _compile(copy.deepcopy(segment), examples, fixed | options)
                 for options in _inductor_options(self.hardware, single_token)
             ]
             if len(candidates) > 1:
@@ -102,6 +103,15 @@ def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]
     mode = detect_fake_mode(examples) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     with tracing(TracingContext(mode)):
         return torch._inductor.compile(segment, examples, options=options)
+
+
+# A mixture of experts sorts its packed tokens by expert. Inductor's own sort holds 512 elements and on torch 2.11 is chosen
+# by the length seen first although the length is symbolic: longer prompts then read past its end. Without it, aten sorts.
+_DYNAMIC_SORT: dict[str, object] = {"triton.persistent_reductions": False}
+
+
+def _sorts(segment: fx.GraphModule) -> bool:
+    return any("sort" in getattr(node.target, "__name__", str(node.target)) for node in segment.graph.nodes)
 
 
 def _is_row_index(arg: object) -> bool:

@@ -10,14 +10,12 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from near_ties import assert_equal_up_to_near_ties
-from tiny import left_padded, tiny_model
+from tiny import FAMILIES, left_padded, tiny_model
 
 from spec_compile import spec_compile
 from spec_compile.runtime.state import SamplingPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "gpt2", "phi3", "deepseek_v3"]
 
 
 def on_gpu(inputs: dict) -> dict:
@@ -49,6 +47,18 @@ def test_float32_text_equals_plain_generate(family: str) -> None:
         assert torch.equal(plain, model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=end)), batch
     assert [name for name, _ in model.spec.stats().graphs] == ["8 rows × 6 tokens"], "a grown pool voids older graphs"
     assert "triton" in {c.provider for choices in model.spec._engine.target.choices.values() for c in choices}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_experts_of_a_long_prompt(family: str) -> None:
+    """bfloat16 experts sort their tokens, compiled for every length: more of them than a kernel of the first length holds."""
+    reference = tiny_model(family, device="cuda").bfloat16()
+    model = spec_compile(tiny_model(family, device="cuda").bfloat16(), min_ngram=1, num_steps=3)
+    for batch, length in ((1, 11), (5, 70), (3, 400)):
+        inputs = on_gpu(left_padded(batch, length, seed=batch))
+        plain = reference.generate(**inputs, max_new_tokens=12, do_sample=False)
+        ours = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert_equal_up_to_near_ties(reference, inputs, plain, ours)
 
 
 def test_compiled_with_a_draft_model() -> None:
