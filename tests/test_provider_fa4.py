@@ -309,6 +309,8 @@ def test_warm_up_folds_as_the_rows_capacity_asks_for(monkeypatch: pytest.MonkeyP
     assert set(capacities) == {1024}
     fa4.warm_up(node(**small), torch.device("cpu"))
     assert set(capacities) == {1024, 64}
+    fa4.warm_up(node(max_context=1000, window=200, **small), torch.device("cpu"))
+    assert set(capacities) == {1024, 64, 200}, "a sliding window's bulk is no longer than the window"
     fa4.warm_up(node(**PREFILL, **small), torch.device("cpu"))
 
 

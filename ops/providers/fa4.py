@@ -148,20 +148,22 @@ class Splits:
 
 
 MAX_SPLITS = 32
-FOLD_SLOTS = 64  # that the longest row fills of each fold, at least; two pages or fewer are as fast in one fold
-COPIED_FOLD_SLOTS = 1024  # the same where every fold needs a copy of the queries, which takes as long as reading these
+FOLD_SLOTS = 64  # of a fold in the longest row, at least
+COPIED_FOLD_SLOTS = 1024  # where every fold needs a copy of the queries: see ``choose_splits``
 NATIVE_SPLIT_SLOTS = 128  # a tile of FA4's on Blackwell
 
 
 def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int) -> Splits:
     """Enough programs to fill the device, none without keys in the longest row.
 
-    On an H200 (32/8 heads of 128 dims, 8 tokens) one row of 2048 keys takes 6.3 us in 8 folds, 6.0 in 16, 8.8 in 32; of 16384
-    keys 24.1, 20.2 and 22.6; 8 rows of 16384 keys 155 us in one fold, 122 in 2, 125 in 4: one program a multiprocessor is best.
+    On an H200 (32/8 heads of 128 dims, 8 tokens) FA4 takes 6.3 us for one row of 2048 keys in 8 folds, 6.0 in 16, 8.8 in 32; of
+    16384 keys 24.1, 20.2 and 22.6; for 8 rows of 16384 keys 155 us in one fold, 122 in 2, 125 in 4: one program a
+    multiprocessor is best. 8 rows of 2048 keys gain 3.6 us of 24.1 by a second fold, of 512 keys 0.1, less than copying the
+    queries takes.
 
     Args:
         rows: packed queries of a row and key/value head: N * Hq / Hkv.
-        capacity: slots a row could hold.
+        capacity: slots that a row's bulk could have.
     """
     wanted = min(hardware.num_sms // (batch * num_kv_heads * -(-rows // _tile_m(rows))), MAX_SPLITS)
     if batch == 1:  # the queries of one row are broadcast to its folds
@@ -178,9 +180,8 @@ def _tile_m(rows: int) -> int:
 def choose_tile(arch: str, rows: int, head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
     """(query rows, keys) of FA4's tiles; None leaves them to FA4.
 
-    FA4's choice for Hopper has 128 or 192 query rows. Half of 128 takes 6.0 us where that takes 7.4 (8 tokens of 4 heads, 2048
-    keys, H200). The keys are FA4's: more do not fit into shared memory beside 128 query rows (interface.py
-    ``_tile_size_fwd_sm90``).
+    FA4 itself takes 128 or 192 query rows on Hopper; with 64, 8 tokens of a group of 4 heads took 6.0 us instead of 7.4 (H200,
+    2048 keys). The keys are as many as fit into shared memory beside 128 query rows, as in FA4's ``_tile_size_fwd_sm90``.
     """
     if arch in _BLACKWELL:
         return None
@@ -208,21 +209,22 @@ def attention_fa4_plan(
     Returns:
         int32 [B * folds, columns] page tables and int32 [B * folds] lengths: ``ops.cascade.fold_prefix``.
     """
-    folds = _splits(page_table, num_kv_heads, rows, page_size).folds
+    folds = _splits(page_table, num_kv_heads, rows, page_size, window).folds
     return cascade.fold_prefix(page_table, cache_len, folds, num_tokens, page_size, window)
 
 
 @attention_fa4_plan.register_fake
 def attention_fa4_plan_fake(page_table, cache_len, tree_mask, num_tokens, rows, num_kv_heads, page_size, window):
-    folds = _splits(page_table, num_kv_heads, rows, page_size).folds
+    folds = _splits(page_table, num_kv_heads, rows, page_size, window).folds
     columns = cascade.folded_columns(page_table.shape[1], folds, page_size, window)
     pseudo_rows = page_table.shape[0] * folds
     return page_table.new_empty(pseudo_rows, columns), page_table.new_empty(pseudo_rows)
 
 
-def _splits(page_table: Tensor, num_kv_heads: int, rows: int, page_size: int) -> Splits:
-    batch, columns = page_table.shape
-    return choose_splits(detect_hardware(page_table.device), batch, num_kv_heads, rows, columns * page_size)
+def _splits(page_table: Tensor, num_kv_heads: int, rows: int, page_size: int, window: int) -> Splits:
+    batch, capacity = page_table.shape[0], page_table.shape[1] * page_size
+    reach = min(capacity, window) if window > 0 else capacity
+    return choose_splits(detect_hardware(page_table.device), batch, num_kv_heads, rows, reach)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def attention_fa4(
         queries = q[:, None].expand(-1, folds, -1, -1, -1).reshape(batch * folds, num_tokens, num_heads, head_dim)
     partial, partial_lse = bulk_attention(
         queries, k_cache, v_cache, folded_table, folded_len, scale, softcap,
-        native_splits=_splits(page_table, num_kv_heads, rows, page_size).native,
+        native_splits=_splits(page_table, num_kv_heads, rows, page_size, window).native,
         tile=choose_tile(detect_hardware(q.device).arch, rows, head_dim, v_dim),
     )  # fmt: skip
     return cascade.cascade_merge(
