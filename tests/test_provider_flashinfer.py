@@ -145,10 +145,11 @@ def test_probe_checks_the_version(installed: pytest.MonkeyPatch, version: str, o
     assert ok or version in flashinfer.probe().problem
 
 
-@pytest.mark.parametrize("tool", ["nvcc", "ninja"])
-def test_probe_names_a_missing_build_tool(installed: pytest.MonkeyPatch, tool: str) -> None:
+@pytest.mark.parametrize(("tool", "remedy"), [("nvcc", "CUDA_HOME"), ("ninja", "pip install ninja"), ("c++", "g++")])
+def test_probe_names_a_missing_build_tool(installed: pytest.MonkeyPatch, tool: str, remedy: str) -> None:
+    installed.delenv("CXX", raising=False)
     installed.setattr(flashinfer.shutil, "which", lambda name, path=None: None if name == tool else f"/bin/{name}")
-    assert tool in flashinfer.probe().problem
+    assert remedy in flashinfer.probe().problem
     installed.setattr(importlib.util, "find_spec", lambda name: object())  # flashinfer-jit-cache holds what they would build
     assert flashinfer.probe().ok
 

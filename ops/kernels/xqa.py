@@ -126,7 +126,7 @@ def xqa(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Attention of each row's last N keys' tokens over all its keys, in one launch.
+    """Attention of each row's last N tokens over all its keys, in one launch. Nothing behind a row's last key is read.
 
     Args:
         q: [B, N, Hq, D], contiguous, float16 or bfloat16; out: the same.
@@ -147,7 +147,9 @@ def xqa(
     module = get_xqa_module(q.dtype, k_cache.dtype, page_size, dim, group, window > 0, q.dtype, build_tokens)
     with torch.cuda.device_of(q):
         module.xqa(
-            run_sm90_fp8_mha=False,  # that one rounds queries and weights to e4m3; the generic kernel only reads e4m3
+            # The Hopper kernel for e4m3 caches (up to 1.8 times as fast) rounds queries and weights to e4m3 too, and a NaN
+            # behind a row's last key gets into its result (seen on an H200). The generic one does neither.
+            run_sm90_fp8_mha=False,
             sm_count=grid.sm_count,
             num_kv_heads=kv_heads,
             sliding_win_size=window,
@@ -167,7 +169,7 @@ def xqa(
             kv_scale=1.0,
             semaphores=COUNTERS.take(q.device, grid.tiles),  # zero before and after each launch
             workspace_buffer=torch.empty(max(grid.scratch_bytes, 16), dtype=torch.uint8, device=q.device),
-            enable_pdl=True,  # the prologue overlaps the end of the append
+            enable_pdl=True,  # the prologue overlaps the end of the append: 0.4 us of 16 on an H200
             q_seq_len=num_tokens,
             q_cu_seq_lens=None,
             mask=mask.view(torch.uint16) if num_tokens > 1 else None,  # [B, N, 2 W]: the same bits, little-endian
