@@ -58,8 +58,13 @@ class AttentionTuner:
         time_candidate: TimeCandidate | None = None,
     ) -> None:
         self.hardware, self.device, self.show_progress = hardware, device, show_progress
-        self.path = path or cache_dir() / FILE_NAME
+        self._path = path
         self.time_candidate = time_candidate or microseconds
+
+    @property
+    def path(self) -> Path:
+        """The file that remembers; a home directory is looked for only by those who tune."""
+        return self._path or cache_dir() / FILE_NAME
 
     def __call__(self, node: AttentionNode, names: tuple[str, ...]) -> Measured:
         """Times of every provider in ``names`` for ``node``: remembered ones where nothing that matters has changed."""
