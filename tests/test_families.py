@@ -16,8 +16,6 @@ from spec_compile.errors import CaptureError
 NEW_TOKENS = 24
 # Sliding windows are 16 tokens: a short prompt crosses them while text is written, a long one in prefill already.
 PROMPTS = {1: 11, 3: 21, 5: 11}  # batch -> prompt tokens of its longest row
-# Every batch size and window width is a capture of about a second: with a draft model these alone go through them all.
-ALL_BATCHES = ("llama", "gemma3_text")
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -65,13 +63,16 @@ def ids_inside_windows(text: Tensor, accept_lengths: list[list[int]], prompt: in
 
 def test_ngram_drafts(reference: PreTrainedModel, model: PreTrainedModel) -> None:
     seen: set[int] = set()
+    fired = 0
     for batch, prompt in PROMPTS.items():
         text = assert_same_text(reference, model, batch)
         lengths = model.spec.stats().accept_lengths
         seen |= {length for row in lengths for length in row}
-        ends = ids_inside_windows(text, lengths, prompt) or [int(text[0, prompt + 9])]
-        assert_same_text(reference, model, batch, eos_token_id=ends)
+        inside = ids_inside_windows(text, lengths, prompt)
+        fired += len(inside)
+        assert_same_text(reference, model, batch, eos_token_id=inside or [int(text[0, prompt + 9])])
     assert 1 in seen and max(seen) > 1, "drafts must be rejected and accepted for this to mean anything"
+    assert fired, "an end-of-sequence id has to fire inside a window"
 
 
 def test_causal_lm_drafts(family: str, reference: PreTrainedModel) -> None:
@@ -81,14 +82,15 @@ def test_causal_lm_drafts(family: str, reference: PreTrainedModel) -> None:
         for parameter in draft.parameters():
             parameter *= 1 + 0.08 * torch.randn_like(parameter)
     model = spec_compile(tiny_model(family), draft=draft, num_steps=3, compile="none")
-    for batch in PROMPTS if family in ALL_BATCHES else (3,):
+    fired = 0
+    for batch, prompt in PROMPTS.items():
         text = assert_same_text(reference, model, batch)
         assert 1.0 < model.spec.stats().accept_length < 4.0
-        ends = ids_inside_windows(text, model.spec.stats().accept_lengths, PROMPTS[batch])
-        assert ends, "an end-of-sequence id has to fire inside a window"
-        cut = assert_same_text(reference, model, batch, eos_token_id=ends[:1])
-        assert bool((cut[:, PROMPTS[batch] :] == ends[0]).any())
-        assert_same_text(reference, model, batch, eos_token_id=ends)
+        ends = ids_inside_windows(text, model.spec.stats().accept_lengths, prompt)
+        if ends:  # of a few short rows there may be none
+            cut = assert_same_text(reference, model, batch, eos_token_id=ends)
+            fired += int(torch.isin(cut[:, prompt:], torch.tensor(ends)).any(1).sum())
+    assert fired > 1, "end-of-sequence ids have to fire inside windows"
 
 
 def test_capture_is_one_attention_op_a_layer_without_masks(reference: PreTrainedModel, model: PreTrainedModel) -> None:
