@@ -209,7 +209,9 @@ def _choose_fastest(node: AttentionNode, layers: tuple[int, ...], hardware: Hard
     losers |= measured.failed
     times = {name: time for name, time in measured.microseconds.items() if name in able}
     if not times:
-        raise _nobody(node, layers, hardware, losers)
+        choice = _choose_preferred(node, layers, hardware)
+        why = f"nothing could be timed ({next(iter(measured.failed.values()))}): {choice.reason}"
+        return Choice(node.stage, node, layers, choice.provider, why, choice.losers | measured.failed)
     winner = min(times, key=times.__getitem__)
     losers |= {name: f"{time:.1f} µs" for name, time in times.items() if name != winner}
     losers |= _behind(winner, losers, order, node, hardware)

@@ -154,10 +154,18 @@ def test_the_file_lies_in_the_users_cache_directory(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("nvcc died\nof something"), ValueError("bad")])
-def test_one_that_fails_loses_and_is_tried_again_another_day(path: Path, error: Exception):
+def test_one_that_fails_loses_and_stays_out_while_another_ran(path: Path, error: Exception):
     measured = tuner(path, {"triton": error, "torch": 90.0})(NODE, ("triton", "torch"))
     assert measured.microseconds == {"torch": 90.0} and set(measured.failed) == {"triton"}
-    assert "\n" not in measured.failed["triton"] and not path.exists()
+    assert "\n" not in measured.failed["triton"]
+    again = tuner(path, {})(NODE, ("triton", "torch"))  # would raise if it timed anything
+    assert again.microseconds == measured.microseconds and again.failed == measured.failed
+
+
+def test_where_all_fail_nothing_is_remembered(path: Path):
+    failing = {"triton": RuntimeError("no"), "torch": torch.OutOfMemoryError("no")}
+    measured = tuner(path, failing)(NODE, ("triton", "torch"))
+    assert not measured.microseconds and set(measured.failed) == {"triton", "torch"} and not path.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class AttentionTuner:
                 except Exception as error:  # one provider's failure must not take the others' measurement with it
                     log.warning("timing %s for %s attention failed", name, node.stage, exc_info=True)
                     failed[name] = f"failed while it was timed: {type(error).__name__}: {error}".splitlines()[0]
-        if not failed:  # memory may be free, or a build mended, the next time
+        if times:  # a provider that failed beside one that did not stays out until something of the key changes
             _remember(self.path, key, {"microseconds": times, "failed": failed})
         return Measured(times, failed, f"measured now on this {self.hardware.name}")
 

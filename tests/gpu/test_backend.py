@@ -60,6 +60,7 @@ def check_text(backend: object, family: str = "llama", draft: PreTrainedModel | 
         ours = model.generate(**inputs, max_new_tokens=40, do_sample=False)
         diverged = assert_equal_up_to_near_ties(reference, inputs, plain, ours)
         print(f"{backend} {family}: {diverged} of {batch} rows diverged, all at near ties")
+    assert model.spec.stats().graphs, "rounds were launched kernel by kernel"
     if draft is not None:
         assert model.spec.stats().accept_length > 1.5, "a draft that is the target drafts almost nothing that is accepted"
     return model.spec.explain()
