@@ -384,7 +384,8 @@ def main() -> None:
         start_child(args)
         return
     real = shapes.SHAPES[args.shape].config is None
-    result: dict[str, Any] = {"meta": report.environment(args.device) | {"random_weights": not real}, "args": vars(args)}
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}
+    result: dict[str, Any] = {"meta": report.environment(args.device) | {"random_weights": not real}, "args": settings}
     if real:
         run_prompts(args, result)
     else:

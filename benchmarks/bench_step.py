@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = shapes.build_random(args.shape, getattr(torch, args.dtype), args.device)
     result: dict[str, Any] = {
         "meta": {**environment(args.device), "random_weights": True},
-        "args": {**vars(args), "steps": [str(step) for step in args.steps]},
+        "args": {**{n: v for n, v in vars(args).items() if n != "json"}, "steps": [str(step) for step in args.steps]},
         "floor": floors(model, args.steps, args.device),
         "rows": [],
     }

@@ -99,7 +99,7 @@ _XQA = ("flashinfer", "fa4", "triton", "torch")
 RULES = (
     Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
     Rule(("sm90",), ("prefill",), ("fa4", "flashinfer", "triton", "torch"), "1.1 to 1.6 times Triton's speed at a few sizes"),
-    Rule(("sm90",), DECODE, _XQA, "faster at the few sizes timed: an 8-bit cache of 16K slots or more, few rows", long_narrow_cache),
+    Rule(("sm90",), DECODE, _XQA, "timed at a few sizes: 8-bit caches of 16K slots or more, few rows", long_narrow_cache),
     Rule(("sm90",), DECODE, _XQA, "measured: 32K slots of small heads, few rows", long_small_heads),
     Rule(("sm90",), DECODE, _TRITON, "measured: many tiles of small heads need no split", many_small_heads),
     Rule(("sm90",), DECODE, _FA4, "measured: from 4K slots on its folds pay for a second launch", long_prefix),

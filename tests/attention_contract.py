@@ -279,6 +279,10 @@ CASES = {
     "chain8": Case((2047, 64, 63, 700), 8, (32, 8), (128, 128), 64, spare_columns=9),
     "chain8_batch1": Case((4096,), 8, (32, 8), (128, 128), 64, spare_columns=64),
     "tree8_batch1": Case((2047,), 8, (32, 8), (128, 128), 64, tree=True, spare_columns=40),
+    # Few rows and long prefixes, which providers split: windows, sinks and soft-capping must survive the merge.
+    "split_window_sinks": Case((3000,), 8, (16, 2), (64, 64), 64, tree=True, window=1500, sinks=True),
+    "split_softcap_d256": Case((2500,), 4, (8, 2), (256, 256), 64, softcap=50.0),
+    "split_sinks_padding": Case((4000, 70), 6, (8, 2), (64, 64), 64, tree=True, sinks=True, padding_rows=1, spare_columns=40),
     "many_rows": Case(tuple(range(0, 600, 20)), heads=(32, 8), dims=(128, 128), padding_rows=2),
     "tree": Case((700, 3, 0, 15, 16, 17), 13, (6, 2), page_size=16, tree=True, padding_rows=2),
     "tree_group8": Case((900, 65, 128), 16, (16, 2), (128, 128), 64, tree=True, padding_rows=1),
@@ -322,5 +326,6 @@ MAY_REFUSE: dict[str, set[str]] = {
     "fa4": _LATENT,
     "flashinfer": _LATENT
     | _UNEQUAL_DIMS
-    | {"softcap", "softcap_sinks", "d256_softcap", "tree64_window_sinks", "window_below_page", "prefill_softcap_sinks"},
+    | {"softcap", "softcap_sinks", "d256_softcap", "tree64_window_sinks", "window_below_page", "prefill_softcap_sinks"}
+    | {"split_window_sinks", "split_softcap_d256"},
 }

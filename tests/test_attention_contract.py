@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops.providers import AttentionNode, fa4
 
 H200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
 FP8 = torch.float8_e4m3fn
@@ -163,4 +163,14 @@ def test_every_provider_that_runs_here_has_a_list() -> None:
 def test_float8_caches_are_read_where_it_is_said() -> None:
     node: AttentionNode = CASES["chain8"].node(torch.bfloat16, FP8)
     able = {name for name in providers.PROVIDERS if providers.load(name).supports(node, H200) is None}
-    assert {"torch", "triton"} <= able
+    assert able == {"torch", "triton", "flashinfer"}, "the contract on a GPU skips what a provider refuses"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("split_")])
+def test_cases_named_so_are_split_on_an_h200(name: str) -> None:
+    """Where a provider cut nothing, the case would not show that its merge is right."""
+    case = CASES[name]
+    heads, kv_heads = case.heads
+    capacity = min(case.columns * case.page_size, case.window or 1 << 30)
+    batch = len(case.lengths) + case.padding_rows
+    assert fa4.choose_splits(H200, batch, kv_heads, case.num_tokens * heads // kv_heads, capacity).folds > 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode, torch_sdpa
@@ -167,3 +168,19 @@ def test_release_frees_the_pool():
     freed.reserve(1, 16)
     freed.release()
     assert freed.pool is None and freed._programs == {} and freed._captured == {}
+
+
+def test_kernels_that_cannot_be_built_name_their_provider_and_the_way_out(monkeypatch):
+    def broken(node: AttentionNode, device: torch.device) -> None:
+        raise RuntimeError("Ninja build failed with status 255\nand much more")
+
+    monkeypatch.setattr(torch_sdpa, "warm_up", broken)
+    cpu = Hardware("cpu", "cpu", 1, "CPU")
+    runner = ModelRunner(
+        tiny_model("llama"), stage="verify", hardware=cpu, backend="auto", compiler=SegmentCompiler("none", cpu), page_size=64
+    )
+    runner.reserve(1, 64)
+    with pytest.raises(
+        BackendError, match=r"torch could not be made ready for verify attention: RuntimeError: Ninja build .* 255"
+    ):
+        runner.window_program(1, 2, argmax=True)

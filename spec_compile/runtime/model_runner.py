@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
 from spec_compile.hf_integration.fingerprint import fingerprint
@@ -122,7 +123,7 @@ class ModelRunner:
         program.install(graph)
         if self.pool is not None:
             for choice in choices:
-                providers.load(choice.provider).warm_up(choice.node, self.device)
+                _warm_up(choice, self.device)
             program.bind(self.pool.caches)
         self.compiler.seconds += time.perf_counter() - start
 
@@ -187,6 +188,20 @@ class ModelRunner:
             )
             out.append(result[0])
         return torch.cat(out)
+
+
+def _warm_up(choice: Choice, device: torch.device) -> None:
+    """Build what a provider needs before graphs are captured; a build that fails says whose it was and what else there is."""
+    try:
+        providers.load(choice.provider).warm_up(choice.node, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise BackendError(
+            f"{choice.provider} could not be made ready for {choice.stage} attention: {type(error).__name__}: {reason}\n"
+            f"Mend its installation (spec-compile doctor), or name another provider: backend={{{choice.stage!r}: 'triton'}}."
+        ) from error
 
 
 def _groups(prompts: list[Tensor], max_tokens: int) -> Iterator[tuple[int, list[Tensor]]]:
