@@ -137,12 +137,31 @@ def test_probe_finds_it_without_importing_it(installed: pytest.MonkeyPatch) -> N
     assert "flashinfer" not in sys.modules
 
 
-def test_probe_names_the_pip_command_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_pip_installs_what_the_probe_takes() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"flashinfer-python>=0.7.2,<0.7.3"' in pyproject
+
+
+def test_probe_names_the_pip_command_when_absent(installed: pytest.MonkeyPatch) -> None:
+    installed.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'spec-compile[flashinfer]'" in flashinfer.probe().problem
 
 
-@pytest.mark.parametrize(("version", "ok"), [("0.7.1", False), ("0.7.2", True), ("0.7.10rc1", True), ("0.8.0", False)])
+def test_probe_is_not_taken_in_by_a_folder_of_that_name(installed: pytest.MonkeyPatch) -> None:
+    """``find_spec`` finds any folder called flashinfer on the path, as a namespace package."""
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed.setattr(importlib.metadata, "version", absent)
+    availability = flashinfer.probe()
+    assert availability.version is None and "pip install 'spec-compile[flashinfer]'" in availability.problem
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"),
+    [("0.7.1", False), ("0.7.2", True), ("0.7.2.post1", True), ("0.7.3", False), ("0.7.10rc1", False), ("0.8.0", False)],
+)
 def test_probe_checks_the_version(installed: pytest.MonkeyPatch, version: str, ok: bool) -> None:
     installed.setattr(importlib.metadata, "version", lambda name: version)
     assert flashinfer.probe().ok == ok

@@ -1,4 +1,4 @@
-"""The ``flashinfer`` provider: XQA for windows, ragged FlashAttention for prompts (flashinfer-python 0.7).
+"""The ``flashinfer`` provider: XQA for windows, ragged FlashAttention for prompts (flashinfer-python 0.7.2).
 
 XQA (NVIDIA's kernel, in FlashInfer since 0.5) needs no plan on the host: lengths, page table and a packed mask per request
 are device tensors, the number of splits comes from shapes. Its documentation speaks of chains, but its generic kernel applies
@@ -37,12 +37,18 @@ PREFILL_DIMS = (64, 128, 256)
 
 def probe() -> Availability:
     """Whether FlashInfer is installed and can build kernels; imports nothing of it."""
-    if importlib.util.find_spec("flashinfer") is None:
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:  # a folder called flashinfer on the path may still be found below
+        version = None
+    if version is None or importlib.util.find_spec("flashinfer") is None:
         return Availability(None, f"FlashInfer is not installed: {INSTALL}")
-    version = importlib.metadata.version("flashinfer-python")
-    if not (0, 7, 2) <= _release(version) < (0, 8):
-        # Modules are called below the public functions (ops/kernels/xqa.py), so another minor version may differ.
-        return Availability(version, f"flashinfer-python {version} is not a 0.7 from 0.7.2 on: {INSTALL}")
+    if not (0, 7, 2) <= _release(version) < (0, 7, 3):
+        # XQA is called below the public functions, with scratch sized by the formula by which this version splits keys
+        # (``xqa_grid`` in ops/kernels/xqa.py): a version that splits otherwise would write past its end.
+        return Availability(
+            version, f"flashinfer-python {version} is not a 0.7.2, the version whose XQA is known here: {INSTALL}"
+        )
     if importlib.util.find_spec("flashinfer_jit_cache") is None and (problem := _missing_build_tool()):
         return Availability(version, f"FlashInfer compiles its kernels on first use; {problem}")
     return Availability(version)
