@@ -46,11 +46,11 @@ class Rule:
 
 
 # The sm90 rows of windows stand on benchmarks/results/h200-attention.json: one H200, bf16, 8 key/value heads, pages of 64, 1620
-# cells of batch, context, window, tree or chain, head dim and group. With them the first provider is within 5 % of the fastest in
-# 98 % of the cells. Prefill and 8-bit caches were timed on the same card at a few sizes, which are not in a committed table:
-# prompts of 512 / 2048 / 8192 tokens 14 / 75 / 807 µs (fa4), 14 / 80 / 840 (flashinfer), 17 / 104 / 1304 (triton); a window of
-# 8 over an 8-bit cache of 16384 slots 35 µs (flashinfer), 62 (triton). They speak of ``rows`` (packed queries of a key/value head), ``tiles`` (batch rows times key/value heads) and
-# ``reach`` (most slots a query can see).
+# cells of batch, context, window, tree or chain, head dim and group. With them the first provider is within 5 % of the fastest
+# in 98 % of the cells. Prefill and 8-bit caches were timed on the same card at a few sizes, which are in no committed table:
+# prompts of 512 / 2048 / 8192 tokens 14 / 75 / 807 µs (fa4), 14 / 80 / 840 (flashinfer), 17 / 104 / 1304 (triton); a window
+# of 8 over an 8-bit cache of 16384 slots 35 µs (flashinfer), 62 (triton). The rows speak of ``rows`` (packed queries of a
+# key/value head), ``tiles`` (batch rows times key/value heads) and ``reach`` (most slots a query can see).
 def rows(node: AttentionNode) -> int:
     return (node.num_tokens or 1) * node.num_q_heads // node.num_kv_heads
 
