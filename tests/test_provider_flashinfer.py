@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ pytest.importorskip("triton", reason="the append kernels need it")
 from flashinfer_in_torch import H200, install
 
 from spec_compile.ops.kernels import flashinfer_prefill
+from spec_compile.ops.kernels.split_kv import ArrivalCounters
 from spec_compile.ops.kernels.xqa import BUILD_TOKENS, XqaGrid, xqa_grid
 
 B200, L40 = Hardware("nvidia", "sm100", 148, "NVIDIA B200"), Hardware("nvidia", "sm89", 142, "NVIDIA L40S")
@@ -439,6 +441,27 @@ def test_a_plan_is_on_the_device_before_its_buffer_is_used_again(monkeypatch: py
     for i in range(flashinfer_prefill.MAX_WRAPPERS):
         prefill(problem.rows[1], i + 1.0)
     assert len(waits) == 2 and planned not in flashinfer_prefill._PLANNED.values(), "before it is dropped"
+
+
+def test_threads_never_share_arrival_counters() -> None:
+    """XQA's semaphores: two kernels that count in one stretch would merge before their parts are there."""
+
+    class SlowToRead(dict):
+        def get(self, *args: object) -> object:
+            value = super().get(*args)
+            time.sleep(0.1)
+            return value
+
+    counters = ArrivalCounters()
+    counters._next = SlowToRead()
+    taken: list[Tensor] = []
+
+    def take() -> None:
+        taken.append(counters.take(torch.device("cpu"), 20))
+
+    in_two_threads(take, take)
+    assert sorted(stretch.storage_offset() for stretch in taken) == [0, 32]
+    assert taken[0].untyped_storage().data_ptr() == taken[1].untyped_storage().data_ptr()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

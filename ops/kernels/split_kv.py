@@ -5,6 +5,8 @@ Method: FlashDecoding's split-KV reduction (Dao et al. 2023), without its second
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -65,18 +67,20 @@ def merge_splits(
 
 class ArrivalCounters:
     """Zeroed int32 counters that kernels leave zeroed. Each call gets the next stretch of the buffer, so that graphs captured
-    from different calls can run at the same time (until a lap later: thousands of calls)."""
+    from different calls can run at the same time (until a lap later: thousands of calls). Any thread may call."""
 
     SIZE = 1 << 20
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, Tensor] = {}
         self._next: dict[torch.device, int] = {}
+        self._lock = threading.Lock()
 
     def prepare(self, device: torch.device) -> None:
         """Make the buffer of ``device``; must happen outside CUDA-graph capture."""
-        if device not in self._buffers:
-            self._buffers[device] = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        with self._lock:  # a second buffer would free the first in the middle of its use
+            if device not in self._buffers:
+                self._buffers[device] = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
 
     def take(self, device: torch.device, count: int) -> Tensor:
         if device not in self._buffers:
@@ -86,10 +90,11 @@ class ArrivalCounters:
         slot = max(32, triton.next_power_of_2(count))
         if slot > self.SIZE:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        start = self._next.get(device, 0)
-        if start + slot > self.SIZE:
-            start = 0
-        self._next[device] = start + slot
+        with self._lock:
+            start = self._next.get(device, 0)
+            if start + slot > self.SIZE:
+                start = 0
+            self._next[device] = start + slot
         return self._buffers[device][start : start + count]
 
 
