@@ -23,6 +23,7 @@ from torch.library import opcheck
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
+from spec_compile.ops import cascade
 from spec_compile.ops.providers import AttentionNode, Availability, as_lowered, fa4
 from spec_compile.ops.providers.fa4 import Splits, choose_splits, choose_tile
 from spec_compile.passes.graph import CacheSlot
@@ -96,6 +97,9 @@ def test_supports(changes: dict, hardware: Hardware) -> None:
         ({"dtype": torch.float32, "kv_dtype": torch.float32}, "torch.float32 is not float16 or bfloat16"),
         ({"kv_dtype": torch.float8_e4m3fn}, "cache's dtype torch.float8_e4m3fn differs"),
         ({"num_q_heads": 12}, "12 query heads are not a multiple of 8"),
+        ({"page_size": 8}, "page size 8 is not a power of two"),
+        ({"page_size": 24, "window": 100}, "page size 24"),
+        ({**PREFILL, "page_size": 48}, "page size 48"),
         ({"head_dim": 72}, "head dims 72 and 128"),
         ({"v_head_dim": 272}, "head dims 128 and 272"),
     ],
@@ -199,6 +203,25 @@ def test_folds_fill_the_device_and_no_more(batch, kv_heads, rows, capacity, fold
     assert choose_splits(H200, batch, kv_heads, rows, capacity) == Splits(folds, 1)
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 128, 512, 2048])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_fold_of_the_longest_row_is_empty(batch: int, page_size: int) -> None:
+    """A fold has whole pages, so that there cannot be more folds than a row has pages."""
+    for columns in (1, 2, 3, 17):
+        table = torch.zeros(batch, columns, dtype=torch.int32)
+        capacity = columns * page_size
+        folds = choose_splits(H200, batch, 1, 32, capacity, page_size).folds
+        lengths = torch.full((batch,), capacity - 8, dtype=torch.int32)
+        _, folded = cascade.fold_prefix(table, lengths, folds, 8, page_size, 0)
+        assert (folded > 0).all(), (columns, folds, folded)
+
+
+def test_the_plan_knows_the_page_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fa4, "detect_hardware", lambda device: H200)
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    assert fa4._splits(table, 1, 32, 256, 0) == Splits(4, 1)
+
+
 def test_hopper_never_asks_for_native_splits() -> None:
     """FA4 4.0.0b36 asserts against them there."""
     for batch in range(1, 70):
@@ -298,7 +321,7 @@ def test_warm_up_folds_as_the_rows_capacity_asks_for(monkeypatch: pytest.MonkeyP
     capacities = []
     monkeypatch.setattr(fa4, "_interface", fa4_in_torch.interface)
 
-    def splits(hardware, batch, num_kv_heads, rows, capacity):
+    def splits(hardware, batch, num_kv_heads, rows, capacity, page_size):
         capacities.append(capacity)
         return Splits(2, 1)
 

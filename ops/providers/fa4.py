@@ -94,6 +94,8 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
         return f"dtype {node.dtype} is not float16 or bfloat16"
     if node.kv_dtype != node.dtype:
         return f"the cache's dtype {node.kv_dtype} differs from the queries' {node.dtype}"
+    if node.page_size < 16 or node.page_size & (node.page_size - 1):  # the Triton kernels of both ops need it
+        return f"page size {node.page_size} is not a power of two of at least 16"
     if node.num_q_heads % node.num_kv_heads:
         return f"{node.num_q_heads} query heads are not a multiple of {node.num_kv_heads} key/value heads"
     return _head_dims_problem(node, hardware.arch)
@@ -148,13 +150,13 @@ class Splits:
 
 
 MAX_SPLITS = 32
-FOLD_SLOTS = 64  # of a fold in the longest row, at least
+FOLD_SLOTS = 64  # of a fold in the longest row, at least, and at least a page: pages are not cut
 COPIED_FOLD_SLOTS = 1024  # where every fold needs a copy of the queries: see ``choose_splits``
 NATIVE_SPLIT_SLOTS = 128  # a tile of FA4's on Blackwell
 
 
-def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int) -> Splits:
-    """Enough programs to fill the device, none without keys in the longest row.
+def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int, page_size: int = 16) -> Splits:
+    """Enough programs to fill the device, and a page for each fold of a row whose bulk has ``capacity`` slots.
 
     On an H200 (32/8 heads of 128 dims, 8 tokens) FA4 takes 6.3 us for one row of 2048 keys in 8 folds, 6.0 in 16, 8.8 in 32; of
     16384 keys 24.1, 20.2 and 22.6; for 8 rows of 16384 keys 155 us in one fold, 122 in 2, 125 in 4: one program a
@@ -164,13 +166,14 @@ def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, 
     Args:
         rows: packed queries of a row and key/value head: N * Hq / Hkv.
         capacity: slots that a row's bulk could have.
+        page_size: slots in a page; a fold has whole pages (``ops.cascade.fold_prefix``).
     """
     wanted = min(hardware.num_sms // (batch * num_kv_heads * -(-rows // _tile_m(rows))), MAX_SPLITS)
     if batch == 1:  # the queries of one row are broadcast to its folds
-        return Splits(max(1, min(wanted, capacity // FOLD_SLOTS)), 1)
+        return Splits(max(1, min(wanted, capacity // max(FOLD_SLOTS, page_size))), 1)
     if hardware.arch in _BLACKWELL:
         return Splits(1, max(1, min(wanted, capacity // NATIVE_SPLIT_SLOTS)))
-    return Splits(max(1, min(wanted, capacity // COPIED_FOLD_SLOTS)), 1)
+    return Splits(max(1, min(wanted, capacity // max(COPIED_FOLD_SLOTS, page_size))), 1)
 
 
 def _tile_m(rows: int) -> int:
@@ -224,7 +227,7 @@ def attention_fa4_plan_fake(page_table, cache_len, tree_mask, num_tokens, rows, 
 def _splits(page_table: Tensor, num_kv_heads: int, rows: int, page_size: int, window: int) -> Splits:
     batch, capacity = page_table.shape[0], page_table.shape[1] * page_size
     reach = min(capacity, window) if window > 0 else capacity
-    return choose_splits(detect_hardware(page_table.device), batch, num_kv_heads, rows, reach)
+    return choose_splits(detect_hardware(page_table.device), batch, num_kv_heads, rows, reach, page_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
