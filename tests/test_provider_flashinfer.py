@@ -114,8 +114,27 @@ def test_trees_do_not_go_to_trtllm_gen() -> None:
         ("sm100", False): "trtllm-gen",
         ("sm100", True): None,
     }
-    assert flashinfer.supports(node(is_tree=False), B200) is None
     assert "ignores a tree mask" in flashinfer.supports(node(), B200)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_chains_that_trtllm_gen_takes(page_size: int, dim: int) -> None:
+    assert flashinfer.supports(node(is_tree=False, page_size=page_size, head_dim=dim, v_head_dim=dim), B200) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"page_size": 128}, "page size 128"),
+        ({"head_dim": 96, "v_head_dim": 96}, "head dim 96"),
+        ({"kv_dtype": torch.float8_e4m3fn}, "caches of torch.bfloat16 only"),
+        ({"softcap": 30.0}, "no softcap"),
+    ],
+)
+def test_trtllm_gen_is_refused_what_it_is_not_known_to_take(changes: dict, words: str) -> None:
+    assert words in flashinfer.supports(node(is_tree=False, **changes), B200)
+    assert "softcap" in changes or flashinfer.supports(node(is_tree=False, **changes), H200) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

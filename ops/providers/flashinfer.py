@@ -33,6 +33,10 @@ XQA_ARCHS = ("sm90", "sm120", "sm121")
 TRTLLM_ARCHS = ("sm100", "sm103")
 XQA_PAGE_SIZES = (16, 32, 64, 128)
 PREFILL_DIMS = (64, 128, 256)
+# Of trtllm-gen only what FlashInfer's own tests use (tests/attention/test_trtllm_gen_attention_decode.py: these pages, 128 and
+# 256 dims) and the 64 dims of gpt-oss. Nothing of this path was ever run by us.
+TRTLLM_PAGE_SIZES = (16, 32, 64)
+TRTLLM_DIMS = (64, 128, 256)
 
 
 def probe() -> Availability:
@@ -108,6 +112,8 @@ def _window_refusal(node: AttentionNode, hardware: Hardware) -> str | None:
         return f"XQA runs on {', '.join(XQA_ARCHS)}, trtllm-gen on {', '.join(TRTLLM_ARCHS)}; not on {hardware.arch}"
     if node.softcap > 0:
         return "XQA and trtllm-gen have no softcap; triton and fa4 do"
+    if kernel == "trtllm-gen":
+        return _trtllm_refusal(node)
     if node.page_size not in XQA_PAGE_SIZES:
         return f"page size {node.page_size} is not one of {XQA_PAGE_SIZES}"
     if node.head_dim % 16 or not (16 <= node.head_dim <= 128 or 192 <= node.head_dim <= 256):
@@ -117,6 +123,16 @@ def _window_refusal(node: AttentionNode, hardware: Hardware) -> str | None:
         return f"{group} query heads of a key/value head do not fit into a tile of XQA's"
     if node.is_tree and node.window > 0:
         return "XQA clips a sliding window by slot, not by a tree node's depth; triton and fa4 do it by depth"
+    return None
+
+
+def _trtllm_refusal(node: AttentionNode) -> str | None:
+    if node.kv_dtype != node.dtype:
+        return f"trtllm-gen is called for caches of {node.dtype} only, not of {node.kv_dtype}; triton reads them"
+    if node.page_size not in TRTLLM_PAGE_SIZES:
+        return f"page size {node.page_size} is not one of {TRTLLM_PAGE_SIZES}, which trtllm-gen is known to take"
+    if node.head_dim not in TRTLLM_DIMS:
+        return f"head dim {node.head_dim} is not one of {TRTLLM_DIMS}, which trtllm-gen is known to take"
     return None
 
 
