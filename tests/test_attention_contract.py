@@ -173,4 +173,5 @@ def test_cases_named_so_are_split_on_an_h200(name: str) -> None:
     heads, kv_heads = case.heads
     capacity = min(case.columns * case.page_size, case.window or 1 << 30)
     batch = len(case.lengths) + case.padding_rows
-    assert fa4.choose_splits(H200, batch, kv_heads, case.num_tokens * heads // kv_heads, capacity).folds > 1
+    rows = case.num_tokens * heads // kv_heads
+    assert fa4.choose_splits(H200, batch, kv_heads, rows, capacity, case.page_size).folds > 1

@@ -200,7 +200,7 @@ def test_nothing_of_fa4_is_imported_before_it_is_probed() -> None:
     ],
 )
 def test_folds_fill_the_device_and_no_more(batch, kv_heads, rows, capacity, folds) -> None:
-    assert choose_splits(H200, batch, kv_heads, rows, capacity) == Splits(folds, 1)
+    assert choose_splits(H200, batch, kv_heads, rows, capacity, 16) == Splits(folds, 1)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 512, 2048])
@@ -226,16 +226,16 @@ def test_hopper_never_asks_for_native_splits() -> None:
     """FA4 4.0.0b36 asserts against them there."""
     for batch in range(1, 70):
         for capacity in (1, 100, 5000, 100_000):
-            assert choose_splits(H200, batch, 8, 32, capacity).native == 1
+            assert choose_splits(H200, batch, 8, 32, capacity, 16).native == 1
 
 
 @pytest.mark.parametrize("arch", ["sm100", "sm103", "sm110"])
 def test_blackwell_splits_batches_natively_and_folds_one_row(arch: str) -> None:
     blackwell = Hardware("nvidia", arch, 148, arch)
-    assert choose_splits(blackwell, 1, 8, 32, 65536) == Splits(18, 1)
-    assert choose_splits(blackwell, 4, 8, 32, 65536) == Splits(1, 4)
-    assert choose_splits(blackwell, 4, 8, 32, 256) == Splits(1, 2)
-    assert choose_splits(blackwell, 64, 8, 32, 65536) == Splits(1, 1)
+    assert choose_splits(blackwell, 1, 8, 32, 65536, 16) == Splits(18, 1)
+    assert choose_splits(blackwell, 4, 8, 32, 65536, 16) == Splits(1, 4)
+    assert choose_splits(blackwell, 4, 8, 32, 256, 16) == Splits(1, 2)
+    assert choose_splits(blackwell, 64, 8, 32, 65536, 16) == Splits(1, 1)
     assert choose_tile(arch, 32, 128, 128) is None
 
 

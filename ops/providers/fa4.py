@@ -155,7 +155,7 @@ COPIED_FOLD_SLOTS = 1024  # where every fold needs a copy of the queries: see ``
 NATIVE_SPLIT_SLOTS = 128  # a tile of FA4's on Blackwell
 
 
-def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int, page_size: int = 16) -> Splits:
+def choose_splits(hardware: Hardware, batch: int, num_kv_heads: int, rows: int, capacity: int, page_size: int) -> Splits:
     """Enough programs to fill the device, and a page for each fold of a row whose bulk has ``capacity`` slots.
 
     On an H200 (32/8 heads of 128 dims, 8 tokens) FA4 takes 6.3 us for one row of 2048 keys in 8 folds, 6.0 in 16, 8.8 in 32; of
