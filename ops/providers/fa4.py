@@ -94,7 +94,7 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
         return f"dtype {node.dtype} is not float16 or bfloat16"
     if node.kv_dtype != node.dtype:
         return f"the cache's dtype {node.kv_dtype} differs from the queries' {node.dtype}"
-    if node.page_size < 16 or node.page_size & (node.page_size - 1):  # the Triton kernels of both ops need it
+    if node.page_size < 16 or node.page_size & (node.page_size - 1):  # BLOCK_E in ops/kernels/cascade.py, and what triton takes
         return f"page size {node.page_size} is not a power of two of at least 16"
     if node.num_q_heads % node.num_kv_heads:
         return f"{node.num_q_heads} query heads are not a multiple of {node.num_kv_heads} key/value heads"
