@@ -60,6 +60,8 @@ def spec_compile(
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ConfigError(f"unknown options {unknown}; SpecConfig has {', '.join(sorted(known))}.")
+    if not isinstance(config, SpecConfig | None):
+        raise ConfigError(f"config={type(config).__name__} object: pass a SpecConfig, or its fields by keyword.")
     config = dataclasses.replace(config or SpecConfig(), **overrides)
     check_backend(backend)
     if getattr(model, "spec", None) is not None:

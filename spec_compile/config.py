@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from spec_compile.errors import ConfigError
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8_e4m3")
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "bool": bool, "str": str, "float": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class SpecConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), _KINDS[field.type.removesuffix(" | None")]
+            if value is None and field.type.endswith("| None"):
+                continue
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise ConfigError(f"{field.name}={value!r}: expected {field.type.replace(' | None', ' or None')}.")
         if self.num_steps is not None and not 1 <= self.num_steps <= 63:
             raise ConfigError(f"num_steps={self.num_steps}: draft 1 to 63 tokens a round, or pass draft=None for none.")
         if not 1 <= self.min_ngram <= self.max_ngram:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -37,8 +39,8 @@ def make_draft(
         return None
     if draft == "ngram":
         return NgramDraft(config.num_steps or _NGRAM_STEPS, config.min_ngram, config.max_ngram)
-    if isinstance(draft, str):
-        draft = _load(draft, target)
+    if isinstance(draft, str | os.PathLike):
+        draft = _load(os.fspath(draft), target)
     if not isinstance(draft, PreTrainedModel):
         raise DraftError(
             f"draft={type(draft).__name__} object: pass 'ngram', a transformers causal LM, its path or hub id, or None."
@@ -51,6 +53,11 @@ def make_draft(
 
 
 def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
+    if not os.path.isdir(name):
+        if os.path.isabs(name) or name.startswith((".", "~")):
+            raise DraftError(f"draft={name!r}: there is no such directory.")
+        if difflib.get_close_matches(name, ["ngram"], cutoff=0.7):
+            raise DraftError(f"draft={name!r}: did you mean 'ngram'?")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     except (OSError, ValueError) as error:

@@ -107,15 +107,17 @@ class Engine:
         largest = (rows, capacity)
         if self._buffers is not None:
             largest = (max(rows, self._buffers.tokens.shape[0]), max(capacity, self._buffers.tokens.shape[1]))
+        reason = ""
         for size in dict.fromkeys([largest, (rows, capacity)]):
             try:
                 self._allocate(*size)
                 return
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 self._drop_pools()  # the target's may have grown when the draft's could not
+                reason = str(error).splitlines()[0]
         raise SpecCompileError(
-            f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device}: generate fewer rows or "
-            "tokens at once, or free memory. Nothing was generated yet."
+            f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device} ({reason}): generate fewer rows or "
+            "tokens at once (max_new_tokens is reserved up front), or free memory. Nothing was generated yet."
         )
 
     def _allocate(self, rows: int, capacity: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,17 @@ def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int
 
     Args:
         capacity: slots a row, a multiple of ``page_size``.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for it.
     """
     pages_per_row = capacity // page_size
+    if device.type == "cpu":  # where asking for too much is not an error but the end of the process
+        slots = rows * capacity + page_size
+        wanted = slots * sum(math.prod(shape) * layout.dtype.itemsize for layout in layers for _, shape in layout.shapes)
+        available = _available_memory()
+        if available is not None and wanted > 0.9 * available:
+            raise torch.OutOfMemoryError(f"{wanted / 2**30:.1f} GiB of keys and values, {available / 2**30:.1f} GiB available")
     num_pages = rows * pages_per_row + 1
     caches = {
         (layout.layer, part): torch.zeros(num_pages, page_size, *shape, dtype=layout.dtype, device=device)
@@ -75,3 +85,13 @@ def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int
     }
     page_table = torch.arange(1, num_pages, dtype=torch.int32, device=device).view(rows, pages_per_row)
     return KVPool(caches, page_table, rows, capacity, page_size)
+
+
+def _available_memory() -> int | None:
+    """Bytes of main memory that could be had without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,63 @@
+"""Options: what is out of its domain is named before anything is compiled."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from tiny import tiny_model
+
+from spec_compile import SpecConfig, spec_compile
+from spec_compile.errors import ConfigError, DraftError, SpecCompileError
+from spec_compile.runtime import kv_pool
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("num_steps", "3", "int or None"),
+        ("num_steps", 3.5, "int or None"),
+        ("num_steps", True, "int or None"),
+        ("page_size", 64.0, "int"),
+        ("seed", "x", "int or None"),
+        ("adaptive", "no", "bool"),
+        ("compile", 3, "str"),
+        ("simulate_accept_length", "2", "float or None"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type_wanted(option: str, value: object, expected: str):
+    with pytest.raises(ConfigError, match=rf"^{option}={value!r}: expected {expected}\.$"):
+        SpecConfig(**{option: value})
+
+
+def test_a_whole_number_is_a_fine_float():
+    assert SpecConfig(simulate_accept_length=3).simulate_accept_length == 3
+
+
+def test_config_must_be_a_config():
+    with pytest.raises(ConfigError, match="config=dict object: pass a SpecConfig"):
+        spec_compile(tiny_model("llama"), config={"num_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [("/no/such/model", "no such directory"), ("./nope", "no such directory"), ("ngrams", "did you mean 'ngram'")],
+)
+def test_a_draft_that_is_not_there_is_said_to_be_so(draft: str, message: str):
+    with pytest.raises(DraftError, match=message):
+        spec_compile(tiny_model("llama"), draft=draft, compile="none")
+
+
+def test_a_drafts_path_may_be_a_path(tmp_path: pathlib.Path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = spec_compile(tiny_model("llama"), draft=tmp_path, compile="none")
+    assert "causal_lm" in model.spec.explain()
+
+
+def test_more_than_the_machine_has_is_an_error_and_not_the_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kv_pool, "_available_memory", lambda: 4 << 20)
+    model = spec_compile(tiny_model("llama"), compile="none")
+    prompt = {"input_ids": tiny_model("llama").dummy_inputs["input_ids"][:1, :3] + 3}
+    with pytest.raises(SpecCompileError, match=r"KV pool of 1 rows × 8192 tokens on cpu \(.* available\)"):
+        model.generate(**prompt, max_new_tokens=5000, do_sample=False)
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] == 7, "a smaller request still runs"
