@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 @torch.library.custom_op("spec_compile::ngram_propose", mutates_args=())
-def ngram_propose(
-    tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: int, max_ngram: int
-) -> tuple[Tensor, Tensor]:
+def ngram_propose(tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: int, max_ngram: int) -> tuple[Tensor, Tensor]:
     """Continue each row as it continued after the most recent earlier occurrence of its longest repeated suffix.
 
     The known text is ``tokens[b, : cache_len[b] + 1]``. Its suffixes of ``max_ngram`` down to ``min_ngram`` tokens are

@@ -270,9 +270,7 @@ def prompt_layout(prompt_lengths):
     return starts, torch.tensor(starts, dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    "window,softcap,with_sinks", [(0, 0.0, False), (3, 0.0, False), (0, 2.0, True), (4, 2.0, True)]
-)
+@pytest.mark.parametrize("window,softcap,with_sinks", [(0, 0.0, False), (3, 0.0, False), (0, 2.0, True), (4, 2.0, True)])
 def test_prefill_attention(window, softcap, with_sinks):
     prompts = [1, random.randrange(2, 9), 4, 11]
     starts, cu_seqlens = prompt_layout(prompts)
@@ -319,9 +317,7 @@ def test_prefill_then_decode_equals_one_long_prefill():
     layout = torch.tensor([0, length], dtype=torch.int32)
     prefill_attention(q[:length], k[:length], v[:length], k_cache, v_cache, table, layout, 0.5, 0, 0.0, None)
     window = [x[length:][None] for x in (q, k, v)]
-    out = attention(
-        *window, k_cache, v_cache, table, torch.tensor([length], dtype=torch.int32), None, 0.5, 0, 0.0, None
-    )
+    out = attention(*window, k_cache, v_cache, table, torch.tensor([length], dtype=torch.int32), None, 0.5, 0, 0.0, None)
     expected = naive_prefill(q, k, v, [0, length + num_tokens], 0.5, 0, 0.0, None)
     torch.testing.assert_close(out[0], expected[length:], rtol=1e-10, atol=1e-10)
 
