@@ -24,7 +24,6 @@ COLORS = {
     "fa4": "#d55e00",
     "flashinfer": "#009e73",
     "torch": "#999999",
-    "fa3": "#cc79a7",
     "aiter": "#e69f00",
 }
 

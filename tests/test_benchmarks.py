@@ -27,6 +27,9 @@ import bench_step  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 
+from spec_compile.hardware import Hardware  # noqa: E402
+from spec_compile.passes.preference import rule_for  # noqa: E402
+
 TINY = [
     "--shape", "tiny", "--device", "cpu", "--batch", "1", "2", "--prompt-len", "16", "--new-tokens", "16",
     "--repeats", "2", "--max-warmups", "1",
@@ -186,6 +189,22 @@ def test_device_visit_is_portable() -> None:
 
 
 FULL = attention_grid.GRIDS["full"]
+
+
+def test_the_committed_grids_auto_is_what_the_table_says_today() -> None:
+    """``auto`` is looked up, not measured: a change of the preferences has to show in the committed figures."""
+    rows = attention_report.read(FOLDER / "results" / "h200-attention.json")["rows"]
+    able: dict[attention_grid.Cell, set[str]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            able.setdefault(attention_grid.cell_of(row), set()).add(row["provider"])
+    h200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
+    for row in (row for row in rows if row["provider"] == "auto"):
+        cell = attention_grid.cell_of(row)
+        order = rule_for(cell.node(), h200).providers
+        assert row["choice"] == next(name for name in order if name in able[cell]), cell
+    summary = attention_report.merge(rows, FULL)["summary"]
+    assert (summary["auto_near_best"], summary["auto_judged"]) == (1588, 1620), "the README says 98 %"
 
 
 def test_the_grid_is_the_whole_product_once() -> None:

@@ -326,8 +326,8 @@ def test_an_earlier_conversion_serves_without_the_package(gguf, monkeypatch):
     ("platform", "variables", "expected"),
     [
         ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/spec_compile"),
-        ("linux", {}, "/home/u/.cache/spec_compile"),
-        ("darwin", {"XDG_CACHE_HOME": "/x"}, "/home/u/Library/Caches/spec_compile"),
+        ("linux", {}, "/own-home/.cache/spec_compile"),
+        ("darwin", {"XDG_CACHE_HOME": "/x"}, "/own-home/Library/Caches/spec_compile"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/spec_compile"),
         ("linux", {"SPEC_COMPILE_CACHE_DIR": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
     ],
@@ -335,7 +335,7 @@ def test_an_earlier_conversion_serves_without_the_package(gguf, monkeypatch):
 def test_cache_directory_is_the_platforms_own(monkeypatch, platform, variables, expected):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "SPEC_COMPILE_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/u", **variables}.items():
+    for name, value in {"HOME": "/own-home", **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
     assert demo_model.cache_dir() == Path(expected)

@@ -21,6 +21,7 @@ import shutil
 import torch
 from torch import Tensor
 
+from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.ops import attention as generic
 from spec_compile.ops.providers import AttentionNode, Availability, Lowered
@@ -241,12 +242,16 @@ def attention_flashinfer(
     window from the last key.
 
     Raises:
-        NotImplementedError: soft-capping, or a tree with a sliding window (``supports`` says so).
+        BackendError: called for a node that ``supports`` refuses: soft-capping, or a tree with a sliding window.
     """
     from spec_compile.ops.kernels import round_ops, xqa
 
-    if softcap > 0 or (tree_mask is not None and window > 0):
-        raise NotImplementedError("attention_flashinfer neither caps logits nor clips a tree by a sliding window")
+    if softcap > 0:
+        raise BackendError(f"softcap={softcap}: XQA and trtllm-gen do not cap logits; use the triton or fa4 provider.")
+    if tree_mask is not None and window > 0:
+        raise BackendError(
+            f"window={window} with a tree_mask: XQA clips by slot, not by depth; use the triton or fa4 provider."
+        )
     round_ops.kv_write(k, v, k_cache, v_cache, page_table, cache_len)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kernel = window_kernel(detect_hardware(q.device).arch, tree_mask is not None)

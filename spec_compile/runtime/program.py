@@ -105,8 +105,9 @@ def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]
         return torch._inductor.compile(segment, examples, options=options)
 
 
-# A mixture of experts sorts its packed tokens by expert. Inductor's own sort holds 512 elements and on torch 2.11 is chosen
-# by the length seen first although the length is symbolic: longer prompts then read past its end. Without it, aten sorts.
+# A mixture of experts sorts its packed tokens by expert. Inductor's own sort, a persistent kernel, holds 512 elements; compiled
+# for a symbolic length, more of them than that read out of bounds (seen on an H200 with torch 2.11; why it is chosen there is
+# not established). Without persistent kernels aten sorts: tests/gpu/test_end_to_end.py, test_experts_of_a_long_prompt.
 _DYNAMIC_SORT: dict[str, object] = {"triton.persistent_reductions": False}
 
 
