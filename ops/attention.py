@@ -60,14 +60,30 @@ def as_cached(new: Tensor, dtype: torch.dtype) -> Tensor:
     return to_cache(new, dtype).to(new.dtype)
 
 
+def cache_places(page_table: Tensor, row: Tensor, position: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """(page, offset) of positions of rows: two int64 tensors of the shape that ``row`` and ``position`` broadcast to.
+
+    What a row cannot hold goes to nobody's page.
+
+    Args:
+        page_table: int32 [B, M].
+        row, position: int64; 0 <= row < B, 0 <= position.
+    """
+    column = position // page_size
+    page = page_table.long()[row, column.clamp(max=page_table.shape[1] - 1)]
+    return page.masked_fill(column >= page_table.shape[1], 0), position % page_size
+
+
+def window_places(page_table: Tensor, cache_len: Tensor, slot: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """``cache_places`` of window slots: ``slot`` int64 [B or 1, N], counted from ``cache_len`` [B] -> two int64 [B, N]."""
+    row = torch.arange(cache_len.shape[0], device=cache_len.device)[:, None]  # [B, 1]
+    return cache_places(page_table, row, cache_len.long()[:, None] + slot, page_size)
+
+
 def append_window(new: Tensor, cache: Tensor, page_table: Tensor, cache_len: Tensor) -> None:
     """Write ``new`` [B, N, ...] into the paged ``cache`` [P, page_size, ...] behind each row's ``cache_len``."""
-    num_tokens, page_size = new.shape[1], cache.shape[1]
-    position = cache_len.long()[:, None] + torch.arange(num_tokens, device=new.device)  # [B, N]
-    column = position // page_size
-    page = page_table.long().gather(1, column.clamp(max=page_table.shape[1] - 1))
-    page = page.masked_fill(column >= page_table.shape[1], 0)  # what a row cannot hold goes to nobody's page
-    cache[page, position % page_size] = to_cache(new, cache.dtype)
+    slot = torch.arange(new.shape[1], device=new.device)[None]  # [1, N]
+    cache[window_places(page_table, cache_len, slot, cache.shape[1])] = to_cache(new, cache.dtype)
 
 
 def masked_softmax_attend(
@@ -224,8 +240,7 @@ def packed_rows(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 def write_packed(new: Tensor, cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:
     """Write packed ``new`` [T, ...] into the paged ``cache``, each prompt from its row's slot 0."""
     row, position = packed_rows(cu_seqlens, new.shape[0])
-    page_size = cache.shape[1]
-    cache[page_table.long()[row, position // page_size], position % page_size] = to_cache(new, cache.dtype)
+    cache[cache_places(page_table, row, position, cache.shape[1])] = to_cache(new, cache.dtype)
 
 
 @torch.library.custom_op("spec_compile::prefill_attention", mutates_args=("k_cache", "v_cache"))

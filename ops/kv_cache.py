@@ -13,15 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spec_compile.ops.attention import packed_rows, to_cache
-
-
-def _window_places(page_table: Tensor, cache_len: Tensor, slot: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """(page, offset) of window slots: ``slot`` int64 [B or 1, N] -> two int64 [B, N]."""
-    position = cache_len.long()[:, None] + slot
-    index = position // page_size
-    page = page_table.long().gather(1, index.clamp(max=page_table.shape[1] - 1))
-    return page.masked_fill(index >= page_table.shape[1], 0), position % page_size
+from spec_compile.ops.attention import append_window, window_places, write_packed
 
 
 @torch.library.custom_op("spec_compile::kv_write", mutates_args=("k_cache", "v_cache"))
@@ -34,10 +26,8 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table:
         page_table: int32 [B, M].
         cache_len: int32 [B]; not advanced.
     """
-    slot = torch.arange(k.shape[1], device=k.device)[None]  # [1, N]
-    page, offset = _window_places(page_table, cache_len, slot, k_cache.shape[1])
-    k_cache[page, offset] = to_cache(k, k_cache.dtype)
-    v_cache[page, offset] = to_cache(v, v_cache.dtype)
+    append_window(k, k_cache, page_table, cache_len)
+    append_window(v, v_cache, page_table, cache_len)
 
 
 @kv_write.register_fake
@@ -62,12 +52,8 @@ def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page
         page_table: int32 [B, M].
         cu_seqlens: int32 [B + 1], prompt boundaries; tokens past the last prompt belong to it.
     """
-    row, position = packed_rows(cu_seqlens, k.shape[0])
-    page_size, columns = k_cache.shape[1], page_table.shape[1]
-    page = page_table.long()[row, (position // page_size).clamp(max=columns - 1)]
-    page = page.masked_fill(position >= columns * page_size, 0)
-    k_cache[page, position % page_size] = to_cache(k, k_cache.dtype)
-    v_cache[page, position % page_size] = to_cache(v, v_cache.dtype)
+    write_packed(k, k_cache, page_table, cu_seqlens)
+    write_packed(v, v_cache, page_table, cu_seqlens)
 
 
 @kv_write_packed.register_fake
@@ -101,8 +87,8 @@ def kv_commit(caches: Sequence[Tensor], page_table: Tensor, cache_len: Tensor, p
     if path.device.type == "cpu" and bool((source == stay).all()):  # a host read is free there
         return
     page_size = caches[0].shape[1]
-    from_page, from_offset = _window_places(page_table, cache_len, source, page_size)
-    to_page, to_offset = _window_places(page_table, cache_len, stay, page_size)
+    from_page, from_offset = window_places(page_table, cache_len, source, page_size)
+    to_page, to_offset = window_places(page_table, cache_len, stay, page_size)
     for cache in caches:
         cache[to_page, to_offset] = cache[from_page, from_offset]  # the right side is a copy: read before written
 

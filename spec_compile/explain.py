@@ -20,6 +20,9 @@ def explain(engine: Engine) -> str:
         lines += _runner("draft", runner)
     for name, nbytes in engine.captured():
         lines.append(f"CUDA graph: {name}, {nbytes / 2**20:.1f} MiB")
+    if engine.hardware.is_cuda and engine.graphs is None:
+        why = "a capture failed, see the warning" if engine.config.cuda_graphs else "cuda_graphs=False"
+        lines.append(f"no CUDA graphs ({why}): rounds are launched kernel by kernel, which costs milliseconds each")
     return "\n".join(lines)
 
 

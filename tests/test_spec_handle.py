@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from spec_compile import spec_compile
+from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 
 PROMPT = 11
@@ -170,6 +171,15 @@ def test_explain_names_provider_graph_and_reason(pair) -> None:
     losers = re.findall(r"^    not ([\w, ]+): (.+)$", text, re.M)
     named = {name for names, _ in losers for name in names.split(", ")}
     assert named == set(providers.PROVIDERS) - {"torch"} and all(reason for _, reason in losers)
+
+
+def test_explain_says_when_rounds_have_no_graphs(monkeypatch) -> None:
+    """A GPU in name: its captures failed, or were not wanted."""
+    for wanted, words in ((True, "a capture failed"), (False, "cuda_graphs=False")):
+        model = spec_compile(tiny_model("llama"), compile="none", cuda_graphs=wanted)
+        assert "CUDA graphs" not in model.spec.explain(), "a CPU has none"
+        monkeypatch.setattr(model.spec._engine, "hardware", Hardware("nvidia", "sm90", 132, "NVIDIA H200"))
+        assert f"no CUDA graphs ({words}" in model.spec.explain()
 
 
 def test_explain_names_the_layers_that_differ() -> None:
