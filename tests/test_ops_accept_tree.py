@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 from torch.library import opcheck
 
-from spec_compile.ops.accept import accept_greedy
+from spec_compile.ops.accept import accept_greedy, accept_sampled
 from spec_compile.ops.accept_tree import accept_tree_greedy, accept_tree_sampled
+from spec_compile.ops.sampling import TARGET_STREAM, sample_token
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,231 @@ def test_the_first_of_equal_siblings_counts():
     window, parents = torch.tensor([[0, 5, 5, 6, 6]]), int32([[-1, 0, 0, 2, 1]])
     target = torch.tensor([[5, 6, 6, 1, 2]])
     assert accept_tree_greedy(window, parents, target, 3)[1].tolist() == [[0, 1, 4]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# accept_tree_sampled is a walk over the target's samples
+
+
+def probabilities(*shape):
+    return (torch.randn(*shape) * 2).softmax(-1)
+
+
+@pytest.mark.parametrize("num_tokens,max_accept", [(1, 1), (4, 4), (8, 6), (12, 3), (40, 7)])
+def test_sampled_is_greedy_on_the_samples_of_every_node(num_tokens, max_accept):
+    window, parents = random_trees(80, num_tokens, 3)
+    probs, seed, position = probabilities(80, num_tokens, 3), seeds(80), torch.randint(500, (80,), dtype=torch.int32)
+    depth = torch.zeros(80, num_tokens, dtype=torch.int32)
+    for node in range(1, num_tokens):
+        depth[:, node] = depth.gather(1, parents[:, node : node + 1].long())[:, 0] + 1
+    at = position[:, None] + 1 + depth
+    chosen = torch.stack([sample_token(probs[:, i], seed, at[:, i], TARGET_STREAM) for i in range(num_tokens)], 1)
+    paths = [longest_path(*row) for row in zip(window.tolist(), parents.tolist(), chosen.tolist(), strict=True)]
+    triple = accept_tree_sampled(window, parents, probs, seed, position, max_accept)
+    check_triple(triple, paths, chosen.tolist(), max_accept)
+    greedy = accept_tree_greedy(window, parents, chosen, max_accept)
+    assert all(a.equal(b) for a, b in zip(triple, greedy, strict=True))
+
+
+def test_on_a_chain_it_is_accept_sampled():
+    window, probs, seed = torch.randint(3, (300, 4)), probabilities(300, 4, 3), seeds(300)
+    position = torch.randint(99, (300,), dtype=torch.int32)
+    parents = (torch.arange(4, dtype=torch.int32) - 1).expand(300, -1)
+    emitted, _, length = accept_tree_sampled(window, parents, probs, seed, position, 4)
+    expected, expected_length = accept_sampled(window, None, probs, seed, position)
+    counts = torch.arange(4) < length[:, None]
+    assert length.equal(expected_length) and emitted[counts].equal(expected[counts]) and set(length.tolist()) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_dead_row_gives_valid_tokens(bad):
+    """A finished or padding row: its probabilities mean nothing, and its neighbours must not notice."""
+    window, parents = random_trees(6, 9, 5)
+    probs, seed, position = probabilities(6, 9, 5), seeds(6), int32([3] * 6)
+    alive = accept_tree_sampled(window, parents, probs, seed, position, 4)
+    probs[::2] = bad
+    emitted, path, length = accept_tree_sampled(window, parents, probs, seed, position, 4)
+    assert emitted.min() >= 0 and emitted.max() < 5 and length.min() >= 1 and path[:, 0].eq(0).all()
+    for a, b in zip((emitted, path, length), alive, strict=True):
+        assert a[1::2].equal(b[1::2])
+
+
+def test_rows_do_not_depend_on_their_batch():
+    window, parents = random_trees(9, 12, 3)
+    args = window, parents, probabilities(9, 12, 3), seeds(9), torch.randint(100, (9,), dtype=torch.int32)
+    order = torch.randperm(9)[:4]
+    whole, part = accept_tree_sampled(*args, 5), accept_tree_sampled(*(x[order] for x in args), 5)
+    assert all(a[order].equal(b) for a, b in zip(whole, part, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The law of what is emitted
+
+VOCAB, LENGTH = 4, 3  # tokens of the text whose law is compared
+
+
+def language():
+    """For every text of up to LENGTH tokens the distribution of the next: dict text -> float64 [V]."""
+    texts = [text for n in range(LENGTH + 1) for text in itertools.product(range(VOCAB), repeat=n)]
+    return {text: torch.randn(VOCAB, dtype=torch.float64).softmax(0) for text in texts}
+
+
+def law_of_text(law):
+    """The target's law of LENGTH tokens: [V] * LENGTH."""
+    joint = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64)
+    for text in itertools.product(range(VOCAB), repeat=LENGTH):
+        joint[text] = torch.stack([law[text[:i]][token] for i, token in enumerate(text)]).prod()
+    return joint
+
+
+def continued(law, emitted):
+    """The law of LENGTH tokens of text that begins with ``emitted`` and goes on by the target's law."""
+    joint = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64)
+    emitted = emitted[:LENGTH]
+    for rest in itertools.product(range(VOCAB), repeat=LENGTH - len(emitted)):
+        text = (*emitted, *rest)
+        steps = [law[text[:i]][text[i]] for i in range(len(emitted), LENGTH)]
+        joint[text] = torch.stack(steps).prod() if steps else 1.0
+    return joint
+
+
+def node_texts(tokens, parents):
+    """The text that each node stands for, the root's being empty."""
+    texts = [()]
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
+        texts.append((*texts[parent], token))
+    return texts
+
+
+def shallow_tree(num_tokens):
+    """A random tree of at most LENGTH levels: deeper nodes have no place in the language."""
+    while True:
+        tokens, parents = random_tree(num_tokens, VOCAB)
+        if max(len(text) for text in node_texts(tokens, parents)) <= LENGTH:
+            return tokens, parents
+
+
+def total_variation(a, b):
+    return float((a - b).abs().sum() / 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 6])
+def test_enumeration(num_tokens):
+    """Summed over everything the target can draw at the nodes: the emitted text, continued, follows the target's law."""
+    law, (tokens, parents) = language(), shallow_tree(num_tokens)
+    probs = torch.stack([law[text] for text in node_texts(tokens, parents)])  # [N, V]
+    drawn = torch.cartesian_prod(*[torch.arange(VOCAB)] * num_tokens).view(-1, num_tokens)
+    weight = probs[torch.arange(num_tokens), drawn].prod(1)
+    rows = len(drawn)
+    window, tree = torch.tensor(tokens).expand(rows, -1), int32(parents).expand(rows, -1)
+    emitted, _, length = accept_tree_greedy(window, tree, drawn, LENGTH + 1)
+    joint, outcomes = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64), {}
+    for text, count, probability in zip(emitted.tolist(), length.tolist(), weight.tolist(), strict=True):
+        outcome = tuple(text[:count])
+        outcomes[outcome] = outcomes.get(outcome, 0.0) + probability
+    for outcome, probability in outcomes.items():
+        joint += probability * continued(law, outcome)
+    assert total_variation(joint, law_of_text(law)) < 1e-6
+    # and it is the rule of the literature, outcome by outcome
+    expected = siblings_in_order(law, tokens, parents)
+    assert outcomes.keys() == expected.keys()
+    assert max(abs(outcomes[outcome] - expected[outcome]) for outcome in outcomes) < 1e-9
+
+
+def siblings_in_order(law, tokens, parents, node=0, text=(), remove=True):
+    """P(emitted) of recursive rejection over one-hot children; without ``remove`` a refused token is not zeroed."""
+    left, outcomes, reached = law[text].clone(), {}, 1.0
+    for child in (i for i, parent in enumerate(parents) if parent == node):
+        accept = float(left[tokens[child]] / left.sum())
+        for outcome, p in siblings_in_order(law, tokens, parents, child, (*text, tokens[child]), remove).items():
+            outcomes[outcome] = outcomes.get(outcome, 0.0) + reached * accept * p
+        reached *= 1 - accept
+        if remove:
+            left[tokens[child]] = 0
+    for token in range(VOCAB):
+        p = reached * float(left[token] / left.sum()) if left.sum() > 0 else 0.0
+        if p > 0 or remove is False:
+            outcomes[(*text, token)] = outcomes.get((*text, token), 0.0) + p
+    return outcomes
+
+
+def test_enumeration_finds_a_rule_that_forgets_to_zero():
+    law, (tokens, parents) = language(), ([0, 0, 1], [-1, 0, 0])
+    law[()] = torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64)
+    wrong = siblings_in_order(law, tokens, parents, remove=False)
+    joint = sum(p * continued(law, outcome) for outcome, p in wrong.items())
+    assert total_variation(joint, law_of_text(law)) > 0.05
+
+
+def sampled_distance(law, tree, count, probs_of):
+    """TV between the target's law of LENGTH tokens and that of ``count`` rows through the op, continued.
+
+    Args:
+        probs_of: the target's table of the nodes, [N, V], from the nodes' texts.
+    """
+    tokens, parents = tree
+    probs = probs_of(node_texts(tokens, parents)).float()
+    window, parents = torch.tensor(tokens).expand(count, -1), int32(parents).expand(count, -1)
+    position = torch.randint(1000, (count,), dtype=torch.int32)
+    emitted, _, length = accept_tree_sampled(window, parents, probs.expand(count, -1, -1), seeds(count), position, LENGTH + 1)
+    outcomes = {}
+    for text, stop in zip(emitted.tolist(), length.tolist(), strict=True):
+        outcomes[tuple(text[:stop])] = outcomes.get(tuple(text[:stop]), 0) + 1
+    joint = sum(n / count * continued(law, outcome) for outcome, n in outcomes.items())
+    return total_variation(joint, law_of_text(law))
+
+
+def noise_level(count):
+    """Bounds the TV that sampling itself causes: about 0.4 * sqrt(cells / n), doubled."""
+    return 0.8 * (VOCAB**LENGTH / count) ** 0.5
+
+
+def test_sampling_converges_to_the_target():
+    law, tree = language(), shallow_tree(7)
+    for count in (400, 6400, 25600):
+        assert sampled_distance(law, tree, count, lambda texts: torch.stack([law[t] for t in texts])) < noise_level(count)
+
+
+def test_sampling_finds_probabilities_of_the_wrong_nodes():
+    """The negative control: every node judged by its neighbour's distribution."""
+    law, tree = language(), ([0, 0, 1, 2, 3], [-1, 0, 0, 0, 0])
+    for token in range(VOCAB):
+        law[(token,)] = torch.full((VOCAB,), 0.02, dtype=torch.float64)
+        law[(token,)][token] = 0.94
+    wrong = sampled_distance(law, tree, 25600, lambda texts: torch.stack([law[t] for t in texts]).roll(1, 0))
+    assert wrong > 2 * noise_level(25600)
+
+
+def test_the_text_does_not_depend_on_the_trees():
+    """Rounds of random trees write, token by token, what one-token rounds with the same seeds write."""
+    rows, vocab, length = 40, 3, 9
+    table, seed = torch.randn(61, vocab).softmax(-1), seeds(rows)
+
+    def next_probs(text):
+        return table[hash(tuple(text)) % 61]
+
+    def generate(num_tokens):
+        texts, lengths = [[0] for _ in range(rows)], []
+        while min(len(text) for text in texts) <= length:
+            window, parents, probs = [], [], []
+            for text in texts:
+                tokens, tree = random_tree(num_tokens, vocab)
+                tokens[0] = text[-1]
+                window.append(tokens)
+                parents.append(tree)
+                probs.append(torch.stack([next_probs([*text, *node]) for node in node_texts(tokens, tree)]))
+            cache_len = int32([len(text) - 1 for text in texts])
+            triple = accept_tree_sampled(torch.tensor(window), int32(parents), torch.stack(probs), seed, cache_len, 4)
+            for text, emitted, count in zip(texts, triple[0].tolist(), triple[2].tolist(), strict=True):
+                text += emitted[:count]
+                lengths.append(count)
+        return [text[: length + 1] for text in texts], set(lengths)
+
+    alone, ones = generate(1)
+    for num_tokens in (4, 13):
+        texts, lengths = generate(num_tokens)
+        assert texts == alone
+        assert ones == {1} and lengths >= {1, 2, 3}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
