@@ -49,12 +49,12 @@ def profile(engine: Engine, batch: int, prompt_len: int, replays: int) -> dict[s
     for _ in range(replays):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         a.record()
-        engine.launch(state, request.plan, engine.num_steps)
+        engine.launch(state, request.plan, engine.shape)
         b.record()
         b.synchronize()
         walls.append(a.elapsed_time(b) * 1e3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        engine.launch(state, request.plan, engine.num_steps)
+        engine.launch(state, request.plan, engine.shape)
         torch.cuda.synchronize()
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in trace.events():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
 from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context, layer_windows
+from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.taps import tapped
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
@@ -28,28 +31,101 @@ class _Captured(Exception):
     """Raised in place of running the captured graph: only the graph is wanted."""
 
 
-def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str) -> StageGraph:
+def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, taps: tuple[int, ...] = ()) -> StageGraph:
     """The forward over windows ``input_ids`` [batch, num_tokens] at explicit ``position_ids``, with static shapes.
 
-    Raises:
-        CaptureError: the architecture cannot be captured; says why.
-    """
-    return _capture(model, batch, num_tokens, stage, dynamic_length=False)
-
-
-def capture_prefill(model: PreTrainedModel) -> StageGraph:
-    """The forward over packed prompts ``input_ids`` [1, T], T dynamic.
+    Args:
+        taps: hidden states to put out behind the logits, as transformers numbers them: i is the state that enters layer i,
+            the number of layers is what the head reads.
 
     Raises:
         CaptureError: the architecture cannot be captured; says why.
     """
-    return _capture(model, 1, _PREFILL_EXAMPLE_TOKENS, "prefill", dynamic_length=True)
+    inputs = _token_inputs(model, batch, num_tokens)
+    with tapped(model, taps) as states:
+        return _capture(model, batch, stage, inputs, _causal_lm(model, taps, states), dynamic_length=False)
 
 
-def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dynamic_length: bool) -> StageGraph:
+def capture_prefill(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> StageGraph:
+    """The forward over packed prompts ``input_ids`` [1, T], T dynamic. ``taps`` as in ``capture_window``.
+
+    Raises:
+        CaptureError: the architecture cannot be captured; says why.
+    """
+    inputs = _token_inputs(model, 1, _PREFILL_EXAMPLE_TOKENS)
+    with tapped(model, taps) as states:
+        return _capture(model, 1, "prefill", inputs, _causal_lm(model, taps, states), dynamic_length=True)
+
+
+def capture_head_window(head: DraftHead, batch: int, num_tokens: int, num_rows: int, stage: str) -> StageGraph:
+    """A draft head over windows, with static shapes; puts out logits [batch, num_rows, Vd] and the next step's states.
+
+    Runtime inputs: ``input_ids``, ``position_ids`` [batch, num_tokens]; ``hidden_states`` [batch, num_tokens, n * Ht] of the
+    target in stage ``"draft_extend"``, the head's own [batch, num_tokens, H] in stage ``"draft"``; and, unless every slot is
+    wanted, ``slots`` int64 [batch, num_rows], the window slots to put out.
+
+    Raises:
+        CaptureError: the head cannot be captured; says why.
+    """
+    inputs = _token_inputs(head, batch, num_tokens)
+    inputs["hidden_states"] = _states_like(head, inputs["input_ids"], of_target=stage == "draft_extend")
+    if num_rows < num_tokens:
+        inputs["slots"] = torch.zeros(batch, num_rows, dtype=torch.int64, device=inputs["input_ids"].device)
+
+    def forward(context: CaptureContext, input_ids, position_ids, hidden_states, slots=None):
+        states = head.project(hidden_states) if stage == "draft_extend" else hidden_states
+        hidden = head(input_ids, states, position_ids, past_key_values=context.cache)  # [B, N, H]
+        if slots is not None:
+            hidden = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, R, H]
+        return head.logits(hidden), head.feedback(hidden)
+
+    return _capture(head, batch, stage, inputs, forward, dynamic_length=False)
+
+
+def capture_head_prefill(head: DraftHead) -> StageGraph:
+    """A draft head over packed prompts [1, T] and the target's states [1, T, n * Ht], T dynamic: it fills its cache."""
+    inputs = _token_inputs(head, 1, _PREFILL_EXAMPLE_TOKENS)
+    inputs["hidden_states"] = _states_like(head, inputs["input_ids"], of_target=True)
+
+    def forward(context: CaptureContext, input_ids, position_ids, hidden_states):
+        return (head(input_ids, head.project(hidden_states), position_ids, past_key_values=context.cache),)
+
+    return _capture(head, 1, "prefill", inputs, forward, dynamic_length=True)
+
+
+def _token_inputs(model: PreTrainedModel, batch: int, num_tokens: int) -> dict[str, Tensor]:
     device = model.get_input_embeddings().weight.device
-    input_ids = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
-    position_ids = torch.arange(num_tokens, device=device).expand(batch, -1).contiguous()
+    return {
+        "input_ids": torch.zeros(batch, num_tokens, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(num_tokens, device=device).expand(batch, -1).contiguous(),
+    }
+
+
+def _states_like(head: DraftHead, input_ids: Tensor, *, of_target: bool) -> Tensor:
+    width = head.target_width if of_target else head.config.hidden_size
+    return torch.zeros(*input_ids.shape, width, dtype=head.dtype, device=input_ids.device)
+
+
+def _causal_lm(model: PreTrainedModel, taps: tuple[int, ...], states: dict[int, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """A forward that returns the logits and the tapped states [B, N, Ht], which hooks put into ``states``."""
+
+    def forward(context: CaptureContext, input_ids, position_ids):
+        out = model(input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True)
+        return (out.logits, *(states[tap] for tap in taps))
+
+    return forward
+
+
+def _capture(
+    model: PreTrainedModel,
+    batch: int,
+    stage: str,
+    inputs: dict[str, Tensor],
+    forward: Callable[..., tuple[Tensor, ...]],
+    *,
+    dynamic_length: bool,
+) -> StageGraph:
+    """Trace ``forward(context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``."""
     captured: list[StageGraph] = []
     try:
         layer_windows(model.config.get_text_config(decoder=True))
@@ -59,25 +135,24 @@ def _capture(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, dy
     model.eval()
     try:
         with torch.no_grad(), _one_at_a_time, capture_context(model, batch) as context:
-            inputs = {id(input_ids): "input_ids", id(position_ids): "position_ids"}
-            inputs |= {id(context.page_table): "page_table", id(context.cache_len): "cache_len"}
+            names = {id(value): name for name, value in inputs.items()}
+            names |= {id(context.page_table): "page_table", id(context.cache_len): "cache_len"}
 
             def backend(gm: fx.GraphModule, example_inputs: list):
-                captured.append(StageGraph(_bind(gm, example_inputs, inputs, context), stage))
+                captured.append(StageGraph(_bind(gm, example_inputs, names, context), stage))
 
                 def stop(*_args):
                     raise _Captured
 
                 return stop
 
-            def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-                out = model(input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True)
-                return out.logits
+            def step(*args):
+                return forward(context, **dict(zip(inputs, args, strict=True)))
 
             if dynamic_length:
-                torch._dynamo.mark_dynamic(input_ids, 1)
-                torch._dynamo.mark_dynamic(position_ids, 1)
-            _trace(model, forward, backend, (input_ids, position_ids))
+                for value in inputs.values():
+                    torch._dynamo.mark_dynamic(value, 1)
+            _trace(model, step, backend, tuple(inputs.values()))
     finally:
         model.train(was_training)
     if len(captured) != 1:

@@ -222,7 +222,7 @@ def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -
     return (scores > boundary) | (at_boundary & (at_boundary.cumsum(1) > split))
 
 
-def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len: Tensor) -> Tensor:
+def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len: Tensor, depth: Tensor | None = None) -> Tensor:
     """Forbid the end of the text before ``min_len`` tokens, as transformers' MinNewTokensLengthLogitsProcessor does.
 
     Slot j of a row predicts the token at position ``cache_len + 1 + j``, so as many tokens stand before it; while those
@@ -232,6 +232,7 @@ def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len:
         logits: [B, N, V].
         eos_ids: int64 [E]; -1 matches nothing.
         cache_len, min_len: int32 [B].
+        depth: int32 [B, N] of a tree's slots, which stand for j; None for a chain.
 
     Returns:
         [B, N, V], ``logits`` with -inf where an end is not allowed yet.
@@ -240,6 +241,7 @@ def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len:
     inside = (eos_ids >= 0) & (eos_ids < vocab_size)
     is_eos = torch.zeros(vocab_size + 1, dtype=torch.bool, device=logits.device)  # the last place is nobody's
     is_eos = is_eos.scatter(0, torch.where(inside, eos_ids, vocab_size), True)[:-1]  # [V]
-    length = cache_len[:, None] + 1 + torch.arange(logits.shape[1], device=logits.device)  # [B, N]
+    slot = torch.arange(logits.shape[1], device=logits.device) if depth is None else depth
+    length = cache_len[:, None] + 1 + slot  # [B, N]
     early = length < min_len[:, None]
     return logits.masked_fill(early[:, :, None] & is_eos, float("-inf"))

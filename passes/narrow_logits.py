@@ -1,6 +1,6 @@
-"""Pass 2: compute the language-model head only where its result is used.
+"""Pass 3: compute the language-model head only where its result is used.
 
-Needs: a graph whose single output is the logits [.., V], reached from one linear by elementwise ops.
+Needs: a graph whose first output is the logits [.., V], reached from one linear by elementwise ops.
 Leaves true: prefill graphs compute logits of each prompt's last token only ([1, B, V], rows given by the runtime input
 ``logit_index``); with ``argmax=True`` the output is the greedy token ids and the logits never leave the graph.
 """
@@ -23,8 +23,8 @@ def narrow_logits(graph: StageGraph, *, argmax: bool) -> StageGraph:
     Raises:
         CaptureError: the output is not reached from one linear by elementwise ops.
     """
-    output = next(n for n in graph.gm.graph.nodes if n.op == "output")
-    logits = output.args[0][0] if isinstance(output.args[0], tuple | list) else output.args[0]
+    output = graph.gm.graph.output_node()
+    logits, *states = output.args[0]
     if graph.stage == "prefill":
         head = _head_linear(logits)
         hidden = head.args[0]  # [1, T, H]
@@ -40,7 +40,7 @@ def narrow_logits(graph: StageGraph, *, argmax: bool) -> StageGraph:
         ids.meta["example_value"] = fake(logits).argmax(-1)
         logits = ids
         graph.note("narrow_logits: greedy; token ids leave the graph, logits do not")
-    output.args = ((logits,),)
+    output.args = ((logits, *states),)
     return finish(graph)
 
 

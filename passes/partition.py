@@ -1,4 +1,4 @@
-"""Pass 4: cut the graph at its attention ops into segments that Inductor compiles, each distinct one once.
+"""Pass 5: cut the graph at its attention ops into segments that Inductor compiles, each distinct one once.
 
 A cut at an opaque op costs no fusion, because nothing can fuse across it; and between two attention ops every layer
 looks alike (output projection, MLP, next norm, next query/key/value projection, rotary embedding), so a model of any depth

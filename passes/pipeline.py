@@ -10,23 +10,41 @@ import torch
 
 from spec_compile.hardware import Hardware
 from spec_compile.passes.fuse_linears import fuse_linears
-from spec_compile.passes.graph import StageGraph
+from spec_compile.passes.graph import StageGraph, finish
 from spec_compile.passes.lower import lower
 from spec_compile.passes.narrow_logits import narrow_logits
 from spec_compile.passes.partition import partition
 from spec_compile.passes.select_backend import Backend, Choice, Tuner, select_backend
 from spec_compile.passes.stage import stage
+from spec_compile.passes.tap_hidden_states import tap_hidden_states
 
 
-def prepare(graph: StageGraph, *, argmax: bool) -> StageGraph:
-    """From a captured graph to segments between generic attention ops.
+def prepare(graph: StageGraph, *, argmax: bool, tree: bool = False, num_taps: int = 0) -> StageGraph:
+    """From a captured causal language model to segments between generic attention ops.
 
     Args:
         argmax: the stage's caller reads greedy token ids, not logits.
+        tree: windows are trees of drafts.
+        num_taps: hidden states that were captured for a draft.
     """
-    graph = stage(graph)  # window or packed prompts
+    graph = stage(graph, tree=tree)  # window or packed prompts
+    graph = tap_hidden_states(graph, num_taps)
     graph = narrow_logits(graph, argmax=argmax)  # before fusion, which must not see the head twice
     graph = fuse_linears(graph)
+    return partition(graph)
+
+
+def prepare_head(graph: StageGraph, *, num_outputs: int, tree: bool = False) -> StageGraph:
+    """From a captured draft head, which narrows its own logits, to segments between generic attention ops.
+
+    Args:
+        num_outputs: outputs of the captured forward; what follows them is Dynamo's.
+        tree: as in ``prepare``.
+    """
+    graph = stage(graph, tree=tree)
+    output = graph.gm.graph.output_node()
+    output.args = (tuple(output.args[0][:num_outputs]),)
+    graph = fuse_linears(finish(graph))
     return partition(graph)
 
 

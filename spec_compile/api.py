@@ -16,6 +16,7 @@ from spec_compile.hardware import detect_hardware
 from spec_compile.passes.select_backend import check_backend
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.engine import Engine
+from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.tune import AttentionTuner
@@ -78,13 +79,15 @@ def spec_compile(
     compiler = SegmentCompiler(config.compile, hardware)
     tuner = AttentionTuner(hardware, device, config.progress)
 
-    def make_runner(module: PreTrainedModel, stage: str = "draft") -> ModelRunner:
-        return ModelRunner(
+    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, taps: tuple[int, ...] = ()) -> ModelRunner:
+        return runner(
             module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
-            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner,
+            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,
         )  # fmt: skip
 
-    target = make_runner(model, "verify")
-    source = make_draft(draft, model, config, make_runner)
+    source = make_draft(
+        draft, model, config, lambda lm: make(ModelRunner, lm, "draft"), lambda head: make(HeadRunner, head, "draft")
+    )
+    target = make(ModelRunner, model, "verify", () if source is None else source.taps)
     model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
     return model

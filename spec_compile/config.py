@@ -10,7 +10,40 @@ from spec_compile.errors import ConfigError
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8_e4m3")
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "bool": bool, "str": str, "float": (int, float)}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "bool": bool,
+    "str": str,
+    "float": (int, float),
+    "tuple[float, ...]": (tuple, list),
+}
+
+
+@dataclass(frozen=True)
+class RoundShape:
+    """How a round drafts, in SGLang's terms.
+
+    Attributes:
+        num_steps: tokens drafted one behind another, so a round emits at most ``num_steps + 1``; 0 is plain decoding.
+        topk: children a drafted token may have; 1 is a chain.
+        num_draft_tokens: tokens the target verifies (N), the root included; ``num_steps + 1`` for a chain.
+    """
+
+    num_steps: int
+    topk: int
+    num_draft_tokens: int
+
+    @property
+    def is_tree(self) -> bool:
+        return self.topk > 1
+
+    def __str__(self) -> str:
+        return f"{self.num_steps}/{self.topk}/{self.num_draft_tokens}"
+
+
+def chain(num_steps: int) -> RoundShape:
+    """A round of ``num_steps`` drafts, each behind the one before; 0 drafts none."""
+    return RoundShape(num_steps, 1, num_steps + 1)
 
 
 @dataclass(frozen=True)
@@ -18,7 +51,10 @@ class SpecConfig:
     """Options of ``spec_compile``; every field can also be given to it by keyword.
 
     Attributes:
-        num_steps: tokens drafted a round. None takes the draft's default (n-gram 7, causal LM 5).
+        num_steps: tokens drafted one behind another in a round. None takes the draft's default (n-gram 7, others 5).
+        topk: children a drafted token may have (EAGLE); 1 drafts a chain, more a tree.
+        num_draft_tokens: tokens verified a round, the root included. None: ``num_steps + 1`` for a chain, for a tree
+            the smaller of 8 × topk and 64 (names and meaning as in SGLang: 3/1/4, 5/4/8, 6/10/32, 5/8/64, …).
         min_ngram, max_ngram: n-gram drafting looks for the longest repeated suffix of max_ngram down to min_ngram tokens.
         compile: ``"inductor"`` compiles the graphs' segments; ``"none"`` runs them as captured (tests, quick starts).
         cuda_graphs: on CUDA, replay each round as one CUDA graph; False launches its kernels one by one.
@@ -33,10 +69,13 @@ class SpecConfig:
             ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning.
         simulate_accept_length: benchmarks on random weights only: emit this many tokens a round on average (1 to
             num_steps + 1) whatever was drafted. Output is then NOT the model's; ``explain()`` and ``stats()`` say SIMULATED.
+        simulate_accept_rates: the same by draft position: the probability that draft 1, 2, … stands if those before it do.
         progress: show a progress bar while graphs are compiled and captured.
     """
 
     num_steps: int | None = None
+    topk: int = 1
+    num_draft_tokens: int | None = None
     min_ngram: int = 2
     max_ngram: int = 4
     compile: str = "inductor"
@@ -47,6 +86,7 @@ class SpecConfig:
     kv_cache_dtype: str = "auto"
     seed: int | None = None
     simulate_accept_length: float | None = None
+    simulate_accept_rates: tuple[float, ...] | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -58,6 +98,10 @@ class SpecConfig:
                 raise ConfigError(f"{field.name}={value!r}: expected {field.type.replace(' | None', ' or None')}.")
         if self.num_steps is not None and not 1 <= self.num_steps <= 63:
             raise ConfigError(f"num_steps={self.num_steps}: draft 1 to 63 tokens a round, or pass draft=None for none.")
+        if not 1 <= self.topk <= 16:
+            raise ConfigError(f"topk={self.topk}: 1 drafts a chain, 2 to 16 a tree.")
+        if self.num_draft_tokens is not None and not 2 <= self.num_draft_tokens <= 64:
+            raise ConfigError(f"num_draft_tokens={self.num_draft_tokens}: verify 2 to 64 tokens a round, the root included.")
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ConfigError(f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram.")
         if self.compile not in ("inductor", "none"):
@@ -70,3 +114,61 @@ class SpecConfig:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens}: at least 1.")
         if self.simulate_accept_length is not None and self.simulate_accept_length < 1:
             raise ConfigError(f"simulate_accept_length={self.simulate_accept_length}: at least 1 (the bonus token).")
+
+        if self.simulate_accept_rates is not None:
+            if self.simulate_accept_length is not None:
+                raise ConfigError("simulate_accept_length and simulate_accept_rates: give one of them.")
+            if not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in self.simulate_accept_rates):
+                raise ConfigError(f"simulate_accept_rates={self.simulate_accept_rates}: probabilities from 0 to 1.")
+
+    def simulated_rates(self, num_steps: int) -> list[float] | None:
+        """The decreed chance of each of ``num_steps`` drafts, given those before it; None when acceptance is real.
+
+        A mean becomes the rates with the least variance: 1, 1, …, a fraction, 0 (as vLLM's synthetic acceptance).
+
+        Raises:
+            ConfigError: more tokens are asked for than a round can emit.
+        """
+        if self.simulate_accept_rates is not None:
+            return (list(self.simulate_accept_rates) + [0.0] * num_steps)[:num_steps]
+        if self.simulate_accept_length is None:
+            return None
+        if self.simulate_accept_length > num_steps + 1:
+            raise ConfigError(
+                f"simulate_accept_length={self.simulate_accept_length}: a round of num_steps={num_steps} emits at most "
+                f"{num_steps + 1} tokens."
+            )
+        return [min(1.0, max(0.0, self.simulate_accept_length - 1 - step)) for step in range(num_steps)]
+
+    @property
+    def simulates(self) -> bool:
+        """Whether acceptance is simulated."""
+        return self.simulate_accept_length is not None or self.simulate_accept_rates is not None
+
+    def round_shape(self, default_steps: int) -> RoundShape:
+        """The rounds these options ask for.
+
+        Args:
+            default_steps: what the draft takes for ``num_steps=None``.
+
+        Raises:
+            ConfigError: the three numbers do not go together.
+        """
+        steps = self.num_steps or default_steps
+        if self.topk == 1:
+            if self.num_draft_tokens not in (None, steps + 1):
+                raise ConfigError(
+                    f"num_draft_tokens={self.num_draft_tokens} with topk=1: a chain of num_steps={steps} verifies {steps + 1} "
+                    "tokens; leave num_draft_tokens out, or draft a tree (topk > 1)."
+                )
+            return chain(steps)
+        candidates = self.topk + (steps - 1) * self.topk**2
+        tokens = self.num_draft_tokens or min(8 * self.topk, 64, candidates + 1)
+        if (steps - 1) * self.topk > 128:
+            raise ConfigError(f"num_steps={steps}, topk={self.topk}: a draft tree holds at most 128 nodes that are expanded.")
+        if not steps < tokens <= candidates + 1:
+            raise ConfigError(
+                f"num_draft_tokens={tokens}: with num_steps={steps} and topk={self.topk} a tree has {steps + 1} to "
+                f"{candidates + 1} tokens, the root included."
+            )
+        return RoundShape(steps, self.topk, tokens)

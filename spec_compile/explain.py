@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spec_compile.config import RoundShape
 from spec_compile.passes.select_backend import Choice, needs, span
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner
@@ -10,20 +11,26 @@ from spec_compile.runtime.model_runner import ModelRunner
 def explain(engine: Engine) -> str:
     """Every graph built so far: provider by layer group with reasons, what the passes did, what was captured."""
     lines = [f"{type(engine.target.model).__name__} on {engine.hardware.name} ({engine.hardware.arch})"]
-    if engine.config.simulate_accept_length is not None:
-        lines.append(f"SIMULATED acceptance of {engine.config.simulate_accept_length}: the emitted text is not the model's")
+    if engine.config.simulates:
+        simulated = engine.config.simulate_accept_rates or engine.config.simulate_accept_length
+        lines.append(f"SIMULATED acceptance of {simulated}: the emitted text is not the model's")
     draft = engine.draft
-    lines.append(f"draft: {'none' if draft is None else f'{draft.kind}, {draft.num_steps} tokens a round'}")
+    lines.append(f"draft: {'none' if draft is None else f'{draft.kind}, {_rounds(draft.shape)}'}")
     lines += _runner("target", engine.target)
-    runner = getattr(draft, "runner", None)
-    if runner is not None:
-        lines += _runner("draft", runner)
+    if draft is not None and draft.runner is not None:
+        lines += _runner("draft", draft.runner)
     for name, nbytes in engine.captured():
         lines.append(f"CUDA graph: {name}, {nbytes / 2**20:.1f} MiB")
     if engine.hardware.is_cuda and engine.graphs is None:
         why = "a capture failed, see the warning" if engine.config.cuda_graphs else "cuda_graphs=False"
         lines.append(f"no CUDA graphs ({why}): rounds are launched kernel by kernel, which costs milliseconds each")
     return "\n".join(lines)
+
+
+def _rounds(shape: RoundShape) -> str:
+    if not shape.is_tree:
+        return f"{shape.num_steps} tokens a round"
+    return f"trees of {shape.num_draft_tokens} tokens, {shape.num_steps} deep, {shape.topk} wide"
 
 
 def _runner(role: str, runner: ModelRunner) -> list[str]:

@@ -240,7 +240,7 @@ class SpecHandle:
             graphs=engine.captured(),
             kv_bytes=engine.kv_bytes(),
             mode="lockstep" if call.exact_order else "rounds",
-            simulated=engine.config.simulate_accept_length is not None,
+            simulated=engine.config.simulates,
         )
 
 

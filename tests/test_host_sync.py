@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spec_compile.config import RoundShape, chain
 from spec_compile.drafts.base import Draft, Proposal
 from spec_compile.drafts.causal_lm import CausalLMDraft
 from spec_compile.drafts.ngram import NgramDraft
@@ -74,7 +75,7 @@ class FakeRounds:
             for program in runner._programs.values():
                 program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
                 _move(program.gm)
-        self.causal_lm = CausalLMDraft(draft, NUM_STEPS, 96)
+        self.causal_lm = CausalLMDraft(draft, chain(NUM_STEPS), 96)
 
     def _runner(self, stage: str) -> ModelRunner:
         model = tiny_model("llama", num_hidden_layers=1)
@@ -92,13 +93,13 @@ class FakeRounds:
                 self._fakes[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
         return self._fakes[key]
 
-    def run(self, draft: Draft | None, plan: SamplingPlan, simulate: float | None = None) -> DecodeState:
+    def run(self, draft: Draft | None, plan: SamplingPlan, *, simulate: bool = False) -> DecodeState:
         """One round over a fake state; returns it."""
         with torch.no_grad(), self.mode:
-            state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE, CAPACITY)
+            rates = torch.empty(ROWS, NUM_STEPS, device=DEVICE) if simulate else None
+            state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE)
             with NothingCrosses(), NothingIsUploaded():
-                num_drafts = 0 if draft is None else NUM_STEPS
-                run_round(self.target, draft, state, plan, num_drafts=num_drafts, simulate_accept_length=simulate)
+                run_round(self.target, draft, state, plan, chain(0 if draft is None else NUM_STEPS), simulated_rates=rates)
         return state
 
 
@@ -122,7 +123,7 @@ def rounds() -> FakeRounds:
 
 
 def make(rounds: FakeRounds, kind: str) -> Draft | None:
-    return {"none": None, "ngram": NgramDraft(NUM_STEPS, 1, 3), "causal_lm": rounds.causal_lm}[kind]
+    return {"none": None, "ngram": NgramDraft(chain(NUM_STEPS), 1, 3), "causal_lm": rounds.causal_lm}[kind]
 
 
 PLANS = {
@@ -144,9 +145,8 @@ def test_a_round_never_waits_for_the_device(rounds: FakeRounds, kind: str, plan:
     assert state.out.device.type == DEVICE.type and state.cache_len.device.type == DEVICE.type
 
 
-@pytest.mark.parametrize("mean", [2.0, 2.5], ids=lambda mean: f"{ON_DEVICE}, {mean}")
-def test_simulated_acceptance_neither(rounds: FakeRounds, mean: float):
-    rounds.run(make(rounds, "causal_lm"), PLANS["greedy"], simulate=mean)
+def test_simulated_acceptance_neither(rounds: FakeRounds):
+    rounds.run(make(rounds, "causal_lm"), PLANS["greedy"], simulate=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ class FaultyDraft(NgramDraft):
     """An n-gram draft that does something else before it proposes."""
 
     def __init__(self, fault: Callable[[DecodeState], None]) -> None:
-        super().__init__(NUM_STEPS, 1, 3)
+        super().__init__(chain(NUM_STEPS), 1, 3)
         self.fault = fault
 
-    def propose(self, state: DecodeState, plan: SamplingPlan) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
         self.fault(state)
-        return super().propose(state, plan)
+        return super().propose(state, plan, shape)
 
 
 @pytest.mark.parametrize("fault,error", FAULTS.items(), ids=lambda value: value.__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
-from spec_compile.config import SpecConfig
+from spec_compile.config import SpecConfig, chain
 from spec_compile.drafts import make_draft
 from spec_compile.hardware import Hardware
 from spec_compile.runtime.engine import Engine, Request
@@ -56,7 +56,9 @@ def engine_for(
         with torch.no_grad():
             for parameter in source.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
-    return Engine(make_runner(model, "verify"), make_draft(source, model, config, make_runner), compiler, hardware, config)
+    return Engine(
+        make_runner(model, "verify"), make_draft(source, model, config, make_runner, make_runner), compiler, hardware, config
+    )
 
 
 def request(lengths: list[int], new_tokens: list[int], plan: SamplingPlan = GREEDY, **settings) -> Request:
@@ -75,7 +77,7 @@ def request(lengths: list[int], new_tokens: list[int], plan: SamplingPlan = GREE
 def rounds(engine: Engine, state: DecodeState, plan: SamplingPlan, count: int, num_drafts: int | None = None) -> None:
     for _ in range(count):
         with torch.no_grad():
-            engine.launch(state, plan, engine.num_steps if num_drafts is None else num_drafts)
+            engine.launch(state, plan, engine.shape if num_drafts is None else chain(num_drafts))
 
 
 def rounds_to_the_end(engine: Engine, state: DecodeState, plan: SamplingPlan) -> int:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spec_compile.config import SpecConfig
+from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 
 _NGRAM_STEPS = 7
-_CAUSAL_LM_STEPS = 5
+_STEPS = 5
 
 
 def make_draft(
@@ -22,34 +24,45 @@ def make_draft(
     target: PreTrainedModel,
     config: SpecConfig,
     make_runner: Callable[[PreTrainedModel], ModelRunner],
+    make_head_runner: Callable[[DraftHead], HeadRunner],
 ) -> Draft | None:
     """The draft a user named.
 
     Args:
-        draft: ``"ngram"``, a causal LM, the path or hub id of one, or None for no speculation.
-        make_runner: builds the runner of a draft model.
+        draft: ``"ngram"``, a draft head (EAGLE), a causal LM, the path or hub id of one, or None for no speculation.
+        make_runner, make_head_runner: build the runner of a draft model, of a head.
 
     Raises:
         DraftError: not a draft, or one that cannot serve this target.
     """
     from spec_compile.drafts.causal_lm import CausalLMDraft
+    from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
 
     if draft is None:
         return None
     if draft == "ngram":
-        return NgramDraft(config.num_steps or _NGRAM_STEPS, config.min_ngram, config.max_ngram)
+        return NgramDraft(_chain_only(config, "ngram", _NGRAM_STEPS), config.min_ngram, config.max_ngram)
     if isinstance(draft, str | os.PathLike):
         draft = _load(os.fspath(draft), target)
     if not isinstance(draft, PreTrainedModel):
         raise DraftError(
-            f"draft={type(draft).__name__} object: pass 'ngram', a transformers causal LM, its path or hub id, or None."
+            f"draft={type(draft).__name__} object: pass 'ngram', a draft head, a transformers causal LM, the path or hub id "
+            "of one, or None."
         )
     embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
     if embedding.device != wanted.device:
         raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    return CausalLMDraft(make_runner(draft), config.num_steps or _CAUSAL_LM_STEPS, vocab_size)
+    if isinstance(draft, DraftHead):
+        return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
+    return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
+
+
+def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape:
+    if config.topk > 1:
+        raise DraftError(f"topk={config.topk}: {what} drafts chains only; leave topk out, or draft with an EAGLE head.")
+    return config.round_shape(default_steps)
 
 
 def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
@@ -58,6 +71,11 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
             raise DraftError(f"draft={name!r}: there is no such directory.")
         if difflib.get_close_matches(name, ["ngram"], cutoff=0.7):
             raise DraftError(f"draft={name!r}: did you mean 'ngram'?")
+    from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+
+    head = load_draft_head(name, target)
+    if head is not None:
+        return head
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     except (OSError, ValueError) as error:

@@ -7,7 +7,24 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from spec_compile.config import RoundShape
+from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where the tokens of a verified window hang; the root is token 0 and everybody stands behind its ancestors.
+
+    Attributes:
+        parents: int32 [B, N], window index of each token's parent, -1 for the root.
+        depth: int32 [B, N], 0 for the root.
+        mask: int32 [B, N, W], packed ancestor bits, self included.
+    """
+
+    parents: Tensor
+    depth: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -15,25 +32,47 @@ class Proposal:
     """Drafted tokens and the law they were drawn from.
 
     Attributes:
-        tokens: int64 [B, K].
-        probs: float32 [B, K, V] when the tokens were sampled from it (q is ``full``); None when they were not drawn at
+        tokens: int64 [B, N - 1].
+        probs: float32 [B, N - 1, V] when the tokens were sampled from it (q is ``full``); None when they were not drawn at
             all (q is ``one-hot``). Verification is exact for what is said here, and only for that.
+        tree: how they hang together; None for a chain.
     """
 
     tokens: Tensor
-    probs: Tensor | None
+    probs: Tensor | None = None
+    tree: Tree | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a round committed, for a draft that looks ahead.
+
+    Attributes:
+        start: int32 [B], ``cache_len`` before the commit: the position of the window's root.
+        count: int32 [B], tokens committed; 0 in finished and padding rows.
+        states: [B, E, n * Ht], the tapped states of the committed tokens' predecessors (slot j: what the target saw when it
+            emitted token j); garbage behind ``count``. None if the draft taps nothing.
+    """
+
+    start: Tensor
+    count: Tensor
+    states: Tensor | None
 
 
 class Draft(Protocol):
     """A source of drafts. Everything but ``prefill`` and ``prepare`` runs inside the round: static shapes, no host sync.
 
     Attributes:
-        kind: ``"ngram"``, ``"causal_lm"``, … for reports.
-        num_steps: tokens drafted a round (K).
+        kind: ``"ngram"``, ``"causal_lm"``, ``"eagle3"``, … for reports.
+        shape: the rounds it was asked for.
+        taps: hidden states of the target it reads, numbered as in ``capture_window``.
+        runner: what runs its model; None without one.
     """
 
     kind: str
-    num_steps: int
+    shape: RoundShape
+    taps: tuple[int, ...]
+    runner: ModelRunner | None
 
     def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
         """Which q ``propose`` hands over under ``plan``."""
@@ -41,15 +80,21 @@ class Draft(Protocol):
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make room for ``rows`` rows of ``capacity`` tokens; True when buffers moved (captured graphs are void)."""
 
-    def prepare(self, rows: int, plan: SamplingPlan) -> None:
-        """Build whatever ``propose`` needs for windows of ``rows`` rows, before capture."""
+    def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
+        """Build whatever rounds of ``shape`` need for ``rows`` rows, before capture."""
 
-    def prefill(self, prompts: list[Tensor], state: DecodeState) -> None:
-        """See the prompts; runs once a request, outside the round."""
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor | None, max_tokens: int) -> None:
+        """See some rows' prompts; runs once a request, outside the round.
 
-    def propose(self, state: DecodeState, plan: SamplingPlan) -> Proposal:
-        """Draft K tokens behind each row's root token."""
+        Args:
+            page_table: int32 [rows, M], of these rows.
+            states: [T, n * Ht], the tapped states of the packed prompts.
+            max_tokens: process at most this many tokens at once.
+        """
 
-    def look_ahead(self, state: DecodeState) -> Tensor | None:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+        """Draft behind each row's root token."""
+
+    def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor | None:
         """Called when tokens were committed. int32 [B]: how promising the next proposal is, 0 for not at all; None when
         that cannot be told without drafting."""

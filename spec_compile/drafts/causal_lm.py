@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_compile.drafts.base import Proposal
+from spec_compile.config import RoundShape
+from spec_compile.drafts.base import Proposal, Verified
 from spec_compile.errors import DraftError
 from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.model_runner import ModelRunner
@@ -30,9 +31,10 @@ class CausalLMDraft:
     """
 
     kind = "causal_lm"
+    taps = ()
 
-    def __init__(self, runner: ModelRunner, num_steps: int, vocab_size: int) -> None:
-        self.runner, self.num_steps, self.vocab_size = runner, num_steps, vocab_size
+    def __init__(self, runner: ModelRunner, shape: RoundShape, vocab_size: int) -> None:
+        self.runner, self.shape, self.vocab_size = runner, shape, vocab_size
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
         context = getattr(runner.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_position = (context or 2**31) - 1  # a draft with a shorter context drafts badly there, but drafts
@@ -52,7 +54,7 @@ class CausalLMDraft:
     def reserve(self, rows: int, capacity: int) -> bool:
         return self.runner.reserve(rows, capacity)
 
-    def prepare(self, rows: int, plan: SamplingPlan) -> None:
+    def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         self.runner.prefill_program(argmax=True)
         for num_tokens in (2, 1):
             self._program(rows, num_tokens, plan)
@@ -61,22 +63,22 @@ class CausalLMDraft:
         stage = "draft" if num_tokens == 1 else "draft_extend"
         return self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
 
-    def prefill(self, prompts: list[Tensor], state: DecodeState) -> None:
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int) -> None:
         known = [p.clamp(max=self.draft_vocab_size - 1) for p in prompts]
-        self.runner.prefill(known, state.page_table, argmax=True, max_tokens=state.max_prefill_tokens)
+        self.runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
 
-    def propose(self, state: DecodeState, plan: SamplingPlan) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
         rows = state.cache_len.shape[0]
         # Padding rows have cache_len 0; their window starts at slot 0 of nobody's page.
         start = (state.cache_len - 1).clamp(min=0)  # [B]
         last_two = (start[:, None] + torch.arange(2, device=start.device)).long()
         window = state.tokens.gather(1, last_two)  # [B, 2]
         tokens, probs = [], []
-        for step in range(self.num_steps):
+        for step in range(shape.num_steps):
             num_tokens = window.shape[1]
             cache_len = start if step == 0 else (start + (1 + step)).to(torch.int32)
             positions = state.positions(cache_len, num_tokens).clamp(max=self.max_position)
-            result = self._program(rows, num_tokens, plan)(
+            (result,) = self._program(rows, num_tokens, plan)(
                 input_ids=window.clamp(max=self.draft_vocab_size - 1),
                 position_ids=positions,
                 page_table=state.page_table,
@@ -99,7 +101,7 @@ class CausalLMDraft:
         q = plan.probabilities(logits[:, None], state)[:, 0]
         return torch.ops.spec_compile.sample_token(q, state.seed, position, DRAFT_STREAM), q
 
-    def look_ahead(self, state: DecodeState) -> None:
+    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         return None
 
 

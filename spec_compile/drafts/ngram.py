@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spec_compile.drafts.base import Proposal
+from spec_compile.config import RoundShape
+from spec_compile.drafts.base import Proposal, Verified
 from spec_compile.ops import ngram as ngram_ops  # registers spec_compile::ngram_propose
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -23,8 +24,11 @@ class NgramDraft:
 
     kind = "ngram"
 
-    def __init__(self, num_steps: int, min_ngram: int, max_ngram: int) -> None:
-        self.num_steps, self.min_ngram, self.max_ngram = num_steps, min_ngram, max_ngram
+    taps = ()
+    runner = None
+
+    def __init__(self, shape: RoundShape, min_ngram: int, max_ngram: int) -> None:
+        self.shape, self.min_ngram, self.max_ngram = shape, min_ngram, max_ngram
 
     def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
         return "one-hot"
@@ -32,18 +36,18 @@ class NgramDraft:
     def reserve(self, rows: int, capacity: int) -> bool:
         return False
 
-    def prepare(self, rows: int, plan: SamplingPlan) -> None:
+    def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         pass
 
-    def prefill(self, prompts: list[Tensor], state: DecodeState) -> None:
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int) -> None:
         pass  # the state's token history is all it reads
 
-    def propose(self, state: DecodeState, plan: SamplingPlan) -> Proposal:
-        return Proposal(state.next_draft[:, : self.num_steps], None)  # found by look_ahead
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+        return Proposal(state.next_draft[:, : shape.num_steps])  # found by look_ahead
 
-    def look_ahead(self, state: DecodeState) -> Tensor:
+    def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor:
         tokens, match_length = torch.ops.spec_compile.ngram_propose(
-            state.tokens, state.cache_len, self.num_steps, self.min_ngram, self.max_ngram
+            state.tokens, state.cache_len, self.shape.num_steps, self.min_ngram, self.max_ngram
         )
         state.next_draft.copy_(tokens)
         return match_length

@@ -80,14 +80,15 @@ def _decode_sync(
     engine: Engine, request: Request, state: DecodeState, timing: Timing, last: RoundResult
 ) -> Iterator[RoundResult]:
     """On a CPU the host knows each round's result at once, and may leave hopeless drafts out of the next."""
-    policy = DraftPolicy(tuple(engine.round_sizes()))
+    shapes = {shape.num_steps: shape for shape in engine.round_shapes()}
+    policy = DraftPolicy(tuple(shapes))
     knows = engine.draft is not None and engine.draft.kind == "ngram"
     while not all(last.finished):
         live = [i for i, done in enumerate(last.finished) if not done]
         promise = max(last.promise[i] for i in live) if knows else None
         num_drafts = policy.choose(promise)
         begin = time.perf_counter()
-        engine.launch(state, request.plan, num_drafts)
+        engine.launch(state, request.plan, shapes[num_drafts])
         last = _read(state.out, len(request.prompts), num_drafts)
         seconds = time.perf_counter() - begin
         policy.observe(promise, num_drafts, sum(len(last.tokens[i]) for i in live) / len(live), seconds * 1e3)
@@ -113,7 +114,7 @@ def _decode_async(
         slot = step % 2
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        engine.launch(state, request.plan, engine.num_steps)
+        engine.launch(state, request.plan, engine.shape)
         slots[slot].copy_(state.out, non_blocking=True)
         end.record()
         copied[slot].record()
@@ -122,7 +123,7 @@ def _decode_async(
             waiting = time.perf_counter()
             copied[pending].synchronize()
             timing.waiting += time.perf_counter() - waiting
-            last = _read(slots[pending], batch, engine.num_steps)
+            last = _read(slots[pending], batch, engine.shape.num_steps)
             timing.rounds += 1
             timing.decode = time.perf_counter() - started
             yield last

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spec_compile.config import SpecConfig
+from spec_compile.config import RoundShape, SpecConfig, chain
 from spec_compile.drafts.base import Draft
 from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import Hardware
@@ -66,7 +66,8 @@ class Engine:
     ) -> None:
         self.target, self.draft, self.compiler, self.hardware, self.config = target, draft, compiler, hardware, config
         self.device = target.device
-        self.num_steps = draft.num_steps if draft is not None else 0
+        self.shape = draft.shape if draft is not None else chain(0)
+        self._rates = self._simulated_rates()
         self.graphs = GraphCache(self.device) if hardware.is_cuda and config.cuda_graphs else None
         self.capture_seconds = 0.0
         self._buffers: DecodeState | None = None
@@ -75,6 +76,11 @@ class Engine:
     def on_device(self) -> AbstractContextManager:
         """Make the model's GPU the current one."""
         return torch.cuda.device(self.device) if self.hardware.is_cuda else nullcontext()
+
+    @property
+    def reach(self) -> int:
+        """Slots that a round may touch past the last token that counts: the verified window's or the drafted tree's."""
+        return max(self.shape.num_draft_tokens, self.shape.num_steps * self.shape.topk) + 2
 
     def bucket(self, batch: int) -> int:
         """Rows of the graph that serves ``batch`` rows: the next power of two on a GPU, the batch itself on a CPU."""
@@ -87,8 +93,7 @@ class Engine:
             SpecCompileError: the KV pool does not fit into the device's memory.
         """
         rows = self.bucket(len(request.prompts))
-        # A window may reach num_steps slots past the last token that counts, and the draft writes one further.
-        self.reserve(rows, max(request.end_len) + self.num_steps + 2)
+        self.reserve(rows, max(request.end_len) + self.reach)
         self._buffers.clear()
         self.prepare(self._buffers.rows(rows), request.plan)
         self._prefill(self.fill(rows, request), request)
@@ -131,56 +136,63 @@ class Engine:
         if self.hardware.is_cuda:
             self._warmed.clear()  # kernels are chosen anew, and some of them built
         pages = self.target.pool.page_table.shape[1]
-        self._buffers = new_state(rows, capacity, pages, self.num_steps, self.device, self.config.max_prefill_tokens)
+        self._buffers = new_state(rows, capacity, pages, self.shape.num_steps, self.device)
 
     def _drop_pools(self) -> None:
         if self.graphs is not None:
             self.graphs.clear()
         self._warmed.clear()
         self._buffers = None
-        for runner in (self.target, getattr(self.draft, "runner", None)):
-            if runner is not None:
-                runner.drop_pool()
+        for runner in self._runners():
+            runner.drop_pool()
+
+    def _runners(self) -> list[ModelRunner]:
+        runners = [self.target, None if self.draft is None else self.draft.runner]
+        return [runner for runner in runners if runner is not None]
+
+    def _simulated_rates(self) -> Tensor | None:
+        rates = self.config.simulated_rates(self.shape.num_steps)
+        return None if rates is None else torch.tensor(rates, dtype=torch.float32, device=self.device)
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
         self.target.prefill_program(argmax=plan.ids_only)
-        variants = self.round_sizes()
-        with Progress("compiling", len(variants), self.config.progress) as progress:
-            for num_drafts in variants:
-                progress.advance(f"rounds of {num_drafts + 1} tokens × {state.cache_len.shape[0]} rows")
-                if self.draft is not None and num_drafts > 0:
-                    self.draft.prepare(state.cache_len.shape[0], plan)
-                self._warm(state, plan, num_drafts)
+        shapes = self.round_shapes()
+        with Progress("compiling", len(shapes), self.config.progress) as progress:
+            for shape in shapes:
+                progress.advance(f"rounds of {shape.num_draft_tokens} tokens × {state.cache_len.shape[0]} rows")
+                if self.draft is not None and shape.num_steps > 0:
+                    self.draft.prepare(state.cache_len.shape[0], plan, shape)
+                self._warm(state, plan, shape)
 
-    def round_sizes(self) -> list[int]:
-        """Numbers of drafts a round may have, ascending."""
-        if self.draft is None:
-            return [0]
-        return sorted({0, min(_SHORT_DRAFT, self.num_steps), self.num_steps}) if self.chooses else [self.num_steps]
+    def round_shapes(self) -> list[RoundShape]:
+        """Shapes a round may have, by falling off of its drafts: plain decoding first where that is a choice."""
+        if not self.chooses:
+            return [self.shape]
+        return [chain(steps) for steps in sorted({0, min(_SHORT_DRAFT, self.shape.num_steps), self.shape.num_steps})]
 
     @property
     def chooses(self) -> bool:
         """Whether rounds may leave drafts out: where the host sees each round's result before the next, and where the draft
         keeps no keys and values of its own, which would miss the tokens of such a round."""
         able = self.draft is not None and self.draft.kind == "ngram" and not self.hardware.is_cuda
-        return able and self.config.adaptive and self.config.simulate_accept_length is None
+        return able and self.config.adaptive and not self.config.simulates
 
-    def _warm(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
-        key = self._key(state, plan, num_drafts)
+    def _warm(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
+        key = self._key(state, plan, shape)
         if key in self._warmed:
             return
         if self.graphs is None:
-            self._round(state, plan, num_drafts)  # compiles
+            self._round(state, plan, shape)  # compiles
         else:
-            self._capture(state, plan, num_drafts)
+            self._capture(state, plan, shape)
         self._warmed.add(key)
 
-    def _capture(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+    def _capture(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
         start, compiled = time.perf_counter(), self.compiler.seconds
-        name = f"{state.cache_len.shape[0]} rows × {num_drafts + 1} tokens"
+        name = f"{state.cache_len.shape[0]} rows × {shape.num_draft_tokens} tokens ({shape})"
         try:
-            self.graphs.capture(self._key(state, plan, num_drafts), name, lambda: self._round(state, plan, num_drafts))
+            self.graphs.capture(self._key(state, plan, shape), name, lambda: self._round(state, plan, shape))
         except RuntimeError as error:  # out of memory, or an operation of the model that cannot be captured
             self.graphs.clear()
             self.graphs = None
@@ -190,29 +202,22 @@ class Engine:
                 name,
                 str(error).splitlines()[0],
             )
-            self._round(state, plan, num_drafts)
+            self._round(state, plan, shape)
         self.capture_seconds += time.perf_counter() - start - (self.compiler.seconds - compiled)
 
     @staticmethod
-    def _key(state: DecodeState, plan: SamplingPlan, num_drafts: int) -> tuple:
-        return state.cache_len.shape[0], num_drafts, plan
+    def _key(state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> tuple:
+        return state.cache_len.shape[0], shape, plan
 
-    def _round(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
-        run_round(
-            self.target,
-            self.draft,
-            state,
-            plan,
-            num_drafts=num_drafts,
-            simulate_accept_length=self.config.simulate_accept_length,
-        )
+    def _round(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
+        run_round(self.target, self.draft, state, plan, shape, simulated_rates=self._rates)
 
-    def launch(self, state: DecodeState, plan: SamplingPlan, num_drafts: int) -> None:
+    def launch(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
         """Run one round, or enqueue it on a GPU; its result will stand in ``state.out``."""
         if self.graphs is None:
-            self._round(state, plan, num_drafts)
+            self._round(state, plan, shape)
         else:
-            self.graphs.replay(self._key(state, plan, num_drafts))
+            self.graphs.replay(self._key(state, plan, shape))
 
     def fill(self, rows: int, request: Request) -> DecodeState:
         """A state of ``rows`` rows that holds the request's prompts, the rest padding; nothing is computed."""
@@ -241,17 +246,37 @@ class Engine:
         """Prefill is the round whose root is the prompt's last token and whose window is that token alone."""
         plan, batch = request.plan, len(request.prompts)
         live = state.rows(batch)
-        result = self.target.prefill(
-            request.prompts, live.page_table, argmax=plan.ids_only, max_tokens=self.config.max_prefill_tokens
+        result, states = self.fill_caches(live, request, argmax=plan.ids_only)
+        emitted = state.tokens.new_zeros(state.tokens.shape[0], 1)
+        emitted[:batch, 0] = self.first_tokens(result, live, plan)
+        commit(self.draft, state, emitted, torch.ones_like(state.cache_len), self.window_states(states, state))
+
+    def fill_caches(self, live: DecodeState, request: Request, *, argmax: bool) -> tuple[Tensor, Tensor | None]:
+        """Run the prompts through the target and the draft; the target's results for the last tokens, see ``prefill``."""
+        draft, most = self.draft, self.config.max_prefill_tokens
+
+        def see(first: int, group: list[Tensor], states: Tensor) -> None:
+            draft.prefill(group, live.page_table[first : first + len(group)], states, most)
+
+        result, states = self.target.prefill(
+            request.prompts, live.page_table, argmax=argmax, max_tokens=most, on_group=see if self.target.taps else None
         )
-        if self.draft is not None:
-            self.draft.prefill(request.prompts, live)
-        commit(self.draft, live, self.first_tokens(result, live, plan)[:, None], torch.ones_like(live.cache_len))
+        if draft is not None and not self.target.taps:
+            draft.prefill(request.prompts, live.page_table, None, most)
+        return result, states
+
+    def window_states(self, states: Tensor | None, state: DecodeState) -> Tensor | None:
+        """The last prompt tokens' states [batch, D] in the first slot of a window: [rows, num_steps + 1, D], so that the
+        program which extends the draft after a round serves here too."""
+        if states is None:
+            return None
+        window = states.new_zeros(state.tokens.shape[0], self.shape.num_steps + 1, states.shape[1])
+        window[: states.shape[0], 0] = states
+        return window
 
     def model_changed(self) -> bool:
         """Whether the target or the draft is no longer what was captured."""
-        runners = [self.target, getattr(self.draft, "runner", None)]
-        return any(r.model_changed() for r in runners if r is not None)
+        return any(runner.model_changed() for runner in self._runners())
 
     def captured(self) -> list[tuple[str, int]]:
         """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""
@@ -259,17 +284,15 @@ class Engine:
 
     def kv_bytes(self) -> int:
         """Bytes of the KV pools, the draft's included."""
-        runners = [self.target, getattr(self.draft, "runner", None)]
-        return sum(r.pool.nbytes for r in runners if r is not None and r.pool is not None)
+        return sum(runner.pool.nbytes for runner in self._runners() if runner.pool is not None)
 
     def release(self) -> None:
         """Free pools, buffers and graphs."""
         if self.graphs is not None:
             self.graphs.clear()
         self._buffers = None
-        for runner in (self.target, getattr(self.draft, "runner", None)):
-            if runner is not None:
-                runner.release()
+        for runner in self._runners():
+            runner.release()
 
     @staticmethod
     def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> Tensor:

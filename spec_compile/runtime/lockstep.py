@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spec_compile.config import RoundShape, chain
+from spec_compile.drafts.base import Verified
 from spec_compile.hf_integration.generate import GenerateCall
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.round import verify
@@ -51,7 +53,7 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
         accept_lengths=[[] for _ in transcript.rows],
         drafted=[[] for _ in transcript.rows],
     )
-    state, slots = _admit(engine, request)  # slots: logits [B, 1, V] behind the prompts
+    state, slots, states = _admit(engine, request)  # slots: logits [B, 1, V] behind the prompts; states: what drafts read
     window = None
     while True:
         before = transcript.counts
@@ -64,21 +66,25 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
                     result.drafted[row].append(window.shape[1] - 1)
         if done:
             return result
-        _advance(engine, state, transcript, taken)
+        _advance(engine, state, transcript, taken, states)
         window = _window(engine, state, transcript)
-        slots = verify(engine.target, window, state, argmax=False)
+        slots, states = verify(engine.target, window, state, argmax=False)
 
 
-def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor]:
-    """A state of exactly the call's rows, and the logits behind the prompts."""
+def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor, Tensor | None]:
+    """A state of exactly the call's rows, the logits behind the prompts, and the tapped states there."""
     batch = len(request.prompts)
-    engine.reserve(engine.bucket(batch), max(request.end_len) + engine.num_steps + 2)
+    engine.reserve(engine.bucket(batch), max(request.end_len) + engine.reach)
     state = engine.fill(batch, request)
-    logits = engine.target.prefill(request.prompts, state.page_table, argmax=False, max_tokens=engine.config.max_prefill_tokens)
     if engine.draft is not None:
-        engine.draft.prepare(batch, _GREEDY)
-        engine.draft.prefill(request.prompts, state)
-    return state, logits[:, None]
+        engine.draft.prepare(batch, _GREEDY, _shape(engine))
+    logits, states = engine.fill_caches(state, request, argmax=False)
+    return state, logits[:, None], engine.window_states(states, state)
+
+
+def _shape(engine: Engine) -> RoundShape:
+    """Rows agree on one path here, so drafts are chains, whatever the engine's rounds are."""
+    return chain(engine.shape.num_steps)
 
 
 def _walk(slots: Tensor, window: Tensor | None, transcript: Transcript, result: LockstepResult) -> tuple[bool, int]:
@@ -109,14 +115,15 @@ def _choose(logits: Tensor, call: GenerateCall, text: Tensor, result: LockstepRe
     return scores.argmax(-1), result.scores
 
 
-def _advance(engine: Engine, state: DecodeState, transcript: Transcript, taken: int) -> None:
+def _advance(engine: Engine, state: DecodeState, transcript: Transcript, taken: int, states: Tensor | None) -> None:
     """Write the last ``taken`` tokens of every row into the state and move on."""
     new = transcript.text[:, -taken:].to(state.tokens.device)
     at = state.cache_len.long()[:, None] + 1 + torch.arange(taken, device=state.tokens.device)
     state.tokens.scatter_(1, at, new)
+    start = state.cache_len.clone()
     state.cache_len += taken
     if engine.draft is not None:
-        engine.draft.look_ahead(state)
+        engine.draft.look_ahead(state, Verified(start, torch.full_like(start, taken), states))
 
 
 def _window(engine: Engine, state: DecodeState, transcript: Transcript) -> Tensor:
@@ -124,7 +131,7 @@ def _window(engine: Engine, state: DecodeState, transcript: Transcript) -> Tenso
     root = state.tokens.gather(1, state.cache_len.long()[:, None])
     if engine.draft is None:
         return root
-    drafts = engine.draft.propose(state, _GREEDY).tokens
+    drafts = engine.draft.propose(state, _GREEDY, _shape(engine)).tokens
     if transcript.call.has_eos:
         live = transcript.unfinished.to(drafts.device)[:, None]
         drafts = torch.where(live > 0, drafts, torch.full_like(drafts, transcript.call.pad_id))

@@ -33,6 +33,7 @@ class ModelRunner:
         page_size: slots a page on a GPU; on a CPU a row has one page.
         kv_dtype: type of the caches; None for the model's own.
         tuner: measures providers for ``backend="tune"``.
+        taps: hidden states that programs put out behind their logits, for a draft; numbered as in ``capture_window``.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -50,7 +51,9 @@ class ModelRunner:
         page_size: int,
         kv_dtype: torch.dtype | None = None,
         tuner: Tuner | None = None,
+        taps: tuple[int, ...] = (),
     ) -> None:
+        self.taps = taps
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
         self.page_size, self.kv_dtype, self.tuner = page_size, kv_dtype, tuner
         self.device: torch.device = model.get_input_embeddings().weight.device
@@ -77,33 +80,54 @@ class ModelRunner:
                 choose(node, choice.layers, self.hardware, wanted(self.backend, stage))
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
-        """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token."""
-        return self._program(("prefill",), lambda: capture_prefill(self.model), argmax, self._prefill_compiler)
+        """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token, and states [1, T, n * Ht]."""
+        return self._program(
+            "prefill",
+            ("prefill",),
+            (argmax,),
+            lambda: capture_prefill(self.model, self.taps),
+            lambda graph: prepare(graph, argmax=argmax, num_taps=len(self.taps)),
+            self._prefill_compiler,
+        )
 
-    def window_program(self, batch: int, num_tokens: int, *, argmax: bool, stage: str | None = None) -> StageProgram:
-        """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens].
+    def window_program(
+        self, batch: int, num_tokens: int, *, argmax: bool, stage: str | None = None, tree: bool = False
+    ) -> StageProgram:
+        """Windows [batch, num_tokens] -> logits [batch, num_tokens, V] or ids [batch, num_tokens], and tapped states.
 
         Args:
             stage: None for the runner's own; a draft also has ``"draft_extend"``, known tokens that its cache lacks.
+            tree: the window is a tree: the program takes ``tree_mask`` int32 [batch, num_tokens, W].
         """
         stage = stage or self.stage
         return self._program(
-            (stage, batch, num_tokens), lambda: capture_window(self.model, batch, num_tokens, stage), argmax, self.compiler
+            f"{stage}, {batch} rows × {num_tokens} tokens{', tree' if tree else ''}",
+            (stage, batch, num_tokens),
+            (argmax, tree),
+            lambda: capture_window(self.model, batch, num_tokens, stage, self.taps),
+            lambda graph: prepare(graph, argmax=argmax, tree=tree, num_taps=len(self.taps)),
+            self.compiler,
         )
 
     def _program(
-        self, shape: tuple, capture: Callable[[], StageGraph], argmax: bool, compiler: SegmentCompiler
+        self,
+        name: str,
+        shape: tuple,
+        variant: tuple,
+        capture: Callable[[], StageGraph],
+        prepare_graph: Callable[[StageGraph], StageGraph],
+        compiler: SegmentCompiler,
     ) -> StageProgram:
-        key = (*shape, argmax)
+        """The program of a captured shape, (stage,) or (stage, rows, tokens, …), in one of its variants; ``name`` is for reports."""
+        key = (*shape, *variant)
         if key not in self._programs:
             if shape not in self._captured:
                 self._captured[shape] = capture()
-            graph = prepare(self._captured[shape].copy(), argmax=argmax)
-            self._programs[key] = build_program(graph, compiler, single_token=shape[1:] == (1, 1))
+            graph = prepare_graph(self._captured[shape].copy())
+            self._programs[key] = build_program(graph, compiler, single_token=shape[1:3] == (1, 1))
             self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
         program = self._programs[key]
         if not program.bound:
-            name = shape[0] if shape[0] == "prefill" else f"{shape[0]}, {shape[1]} rows × {shape[2]} tokens"
             self._choose_kernels(name, program)
         return program
 
@@ -161,33 +185,67 @@ class ModelRunner:
         self._programs.clear()
         self._captured.clear()
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, *, argmax: bool, max_tokens: int) -> Tensor:
-        """Fill the caches with ``prompts`` (int64 [len] each, row by row) and return the last tokens' logits or ids.
+    def prefill(
+        self,
+        prompts: list[Tensor],
+        page_table: Tensor,
+        *,
+        argmax: bool,
+        max_tokens: int,
+        on_group: Callable[[int, list[Tensor], Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill the caches with ``prompts`` (int64 [len] each, row by row).
 
         Args:
             page_table: int32 [rows, M], row i for prompt i.
             max_tokens: rows go in groups of at most this many tokens (one row at least).
+            on_group: called with the first row, the prompts and the tapped states [T, n * Ht] of each group.
 
         Returns:
-            [len(prompts), V] logits, or int64 [len(prompts)] ids.
+            Of the last tokens: [len(prompts), V] logits or int64 [len(prompts)] ids; the tapped states [len(prompts), n * Ht],
+            None without taps.
         """
         program = self.prefill_program(argmax=argmax)
-        out = []
-        for first, group in _groups(prompts, max_tokens):
-            lengths = torch.tensor([0] + [len(p) for p in group], device="cpu")  # a default device may be set
-            cu_seqlens = lengths.cumsum(0)
-            packed = torch.cat(group)[None]  # [1, T]
-            positions = torch.cat([torch.arange(len(p), device="cpu") for p in group])[None]
-            result = program(
-                input_ids=packed.to(self.device),
-                position_ids=positions.to(self.device),
+        out, last_states = [], []
+        for first, group in groups(prompts, max_tokens):
+            packed = pack(group, self.device)
+            last = packed.cu_seqlens[1:].long() - 1
+            result, *states = program(
+                input_ids=torch.cat(group)[None].to(self.device),
+                position_ids=packed.position_ids,
                 page_table=page_table[first : first + len(group)],
-                cu_seqlens=cu_seqlens.to(self.device, torch.int32),
-                logit_index=(cu_seqlens[1:] - 1).to(self.device),
-                num_tokens=packed.shape[1],
+                cu_seqlens=packed.cu_seqlens,
+                logit_index=last,
+                num_tokens=packed.num_tokens,
             )
             out.append(result[0])
-        return torch.cat(out)
+            if states:
+                last_states.append(states[0][0].index_select(0, last))
+                on_group(first, group, states[0][0])
+        return torch.cat(out), torch.cat(last_states) if last_states else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Where packed prompts begin and which positions their tokens have.
+
+    Attributes:
+        cu_seqlens: int32 [B + 1].
+        position_ids: int64 [1, T].
+        num_tokens: T.
+    """
+
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    num_tokens: int
+
+
+def pack(prompts: list[Tensor], device: torch.device) -> Packed:
+    """The layout of ``prompts`` [len] each, one behind the other, on ``device``."""
+    lengths = torch.tensor([0] + [len(p) for p in prompts], device="cpu")  # a default device may be set
+    positions = torch.cat([torch.arange(len(p), device="cpu") for p in prompts])[None]
+    cu_seqlens = lengths.cumsum(0)
+    return Packed(cu_seqlens.to(device, torch.int32), positions.to(device), positions.shape[1])
 
 
 def _warm_up(choice: Choice, device: torch.device) -> None:
@@ -204,7 +262,7 @@ def _warm_up(choice: Choice, device: torch.device) -> None:
         ) from error
 
 
-def _groups(prompts: list[Tensor], max_tokens: int) -> Iterator[tuple[int, list[Tensor]]]:
+def groups(prompts: list[Tensor], max_tokens: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield (index of the first row, rows) with at most ``max_tokens`` tokens a group, one row at least."""
     first, group, size = 0, [], 0
     for i, prompt in enumerate(prompts):

@@ -153,7 +153,7 @@ class CompiledSegment(nn.Module):
 
 @dataclass
 class StageProgram:
-    """A stage, ready to run: ``program(input_ids=…, position_ids=…, page_table=…, …)`` returns logits or token ids.
+    """A stage, ready to run: ``program(input_ids=…, position_ids=…, page_table=…, …)`` returns (logits or token ids, …).
 
     Attributes:
         graph: segments in the form that runs, attention ops still generic: what kernels are chosen for, again and again.
@@ -178,9 +178,9 @@ class StageProgram:
         ]
 
     @torch.no_grad()
-    def __call__(self, **inputs: Tensor | int) -> Tensor:
+    def __call__(self, **inputs: Tensor | int) -> tuple[Tensor, ...]:
         args = [inputs[b.name] if isinstance(b, RuntimeInput) else b for b in self.bound]
-        return self.gm(*args)[0]
+        return self.gm(*args)
 
 
 def build_program(graph: StageGraph, compiler: SegmentCompiler, *, single_token: bool) -> StageProgram:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from spec_compile.drafts.base import Draft, Proposal
+from spec_compile.config import RoundShape
+from spec_compile.drafts.base import Draft, Proposal, Tree, Verified
 from spec_compile.ops import accept as accept_ops  # registers spec_compile::accept_greedy, …
-from spec_compile.ops.sampling import uniform
+from spec_compile.ops import accept_tree as accept_tree_ops
+from spec_compile.ops import simulate as simulate_ops
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
-__all__ = ["accept_ops", "commit", "run_round", "verify"]
+__all__ = ["accept_ops", "accept_tree_ops", "commit", "run_round", "simulate_ops", "verify"]
 
-_SIMULATION_STREAM = 7
+
+@dataclass(frozen=True)
+class Accepted:
+    """What verification lets stand.
+
+    Attributes:
+        emitted: int64 [B, E], of which the first ``accept_length`` count.
+        accept_length: int32 [B], 1..E.
+        path: int32 [B, E], window index of each kept token, -1 behind; None for a chain, where it counts up.
+    """
+
+    emitted: Tensor
+    accept_length: Tensor
+    path: Tensor | None
 
 
 def run_round(
@@ -21,65 +38,89 @@ def run_round(
     draft: Draft | None,
     state: DecodeState,
     plan: SamplingPlan,
+    shape: RoundShape,
     *,
-    num_drafts: int,
-    simulate_accept_length: float | None = None,
+    simulated_rates: Tensor | None = None,
 ) -> None:
-    """Advance every unfinished row by 1 to ``num_drafts + 1`` tokens; the result stands in ``state.out``.
+    """Advance every unfinished row by 1 to ``shape.num_steps + 1`` tokens; the result stands in ``state.out``.
 
     Args:
-        num_drafts: how many of the draft's K tokens to verify; 0 for plain decoding.
-        simulate_accept_length: benchmarks only; see ``SpecConfig``.
+        simulated_rates: float32 [1, T], benchmarks only: the probability that draft j stands if those before it do, in the
+            place of the target's verdict.
     """
     root = state.tokens.gather(1, state.cache_len[:, None].long())  # [B, 1]
-    proposal = draft.propose(state, plan) if draft is not None and num_drafts > 0 else None
-    window = root if proposal is None else torch.cat([root, proposal.tokens[:, :num_drafts]], 1)  # [B, N]
-    result = verify(target, window, state, argmax=plan.ids_only)
-    emitted, accept_length = _accept(window, proposal, result, state, plan)
-    if simulate_accept_length is not None and num_drafts > 0:
-        accept_length = _simulated(simulate_accept_length, window.shape[1], state)
-    commit(draft, state, emitted, accept_length)
+    proposal = draft.propose(state, plan, shape) if draft is not None and shape.num_steps > 0 else None
+    tree = None if proposal is None else proposal.tree
+    window = root if proposal is None else torch.cat([root, proposal.tokens], 1)  # [B, N]
+    result, states = verify(target, window, state, argmax=plan.ids_only, tree=tree)
+    accepted = _accept(window, proposal, result, state, plan, shape)
+    if simulated_rates is not None and shape.num_steps > 0:
+        ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
+        accepted = _simulate(simulated_rates, window, tree, ids, state, shape)
+    if accepted.path is not None:
+        torch.ops.spec_compile.kv_commit(list(target.pool.caches.values()), state.page_table, state.cache_len, accepted.path)
+        if states is not None:  # like the cache: what belongs to the path comes to the front
+            index = accepted.path.clamp(min=0).long()[:, :, None]
+            states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
+    commit(draft, state, accepted.emitted, accepted.accept_length, states)
 
 
-def verify(target: ModelRunner, window: Tensor, state: DecodeState, *, argmax: bool) -> Tensor:
-    """The target over windows [B, N]: logits [B, N, V], or greedy ids [B, N]."""
+def verify(
+    target: ModelRunner, window: Tensor, state: DecodeState, *, argmax: bool, tree: Tree | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The target over windows [B, N]: logits [B, N, V] or greedy ids [B, N], and the tapped states [B, N, n * Ht]."""
     batch, num_tokens = window.shape
-    positions = state.positions(state.cache_len, num_tokens)
-    return target.window_program(batch, num_tokens, argmax=argmax)(
-        input_ids=window, position_ids=positions, page_table=state.page_table, cache_len=state.cache_len
-    )
+    program = target.window_program(batch, num_tokens, argmax=argmax, tree=tree is not None)
+    inputs = {"input_ids": window, "page_table": state.page_table, "cache_len": state.cache_len}
+    if tree is None:
+        inputs["position_ids"] = state.positions(state.cache_len, num_tokens)
+    else:
+        inputs |= {"position_ids": state.tree_positions(tree.depth), "tree_mask": tree.mask}
+    result, *states = program(**inputs)
+    return result, states[0] if states else None
 
 
 def _accept(
-    window: Tensor, proposal: Proposal | None, result: Tensor, state: DecodeState, plan: SamplingPlan
-) -> tuple[Tensor, Tensor]:
-    """(emitted int64 [B, N], accept_length int32 [B]) by the target's own law."""
-    if plan.ids_only:
-        return result, torch.ops.spec_compile.accept_greedy(window, result)
-    logits = plan.restrict(result, state)
-    if not plan.do_sample:
-        ids = logits.argmax(-1)
-        return ids, torch.ops.spec_compile.accept_greedy(window, ids)
-    probs = plan.probabilities(logits, state)
-    draft_probs = None if proposal is None else proposal.probs
-    return torch.ops.spec_compile.accept_sampled(window, draft_probs, probs, state.seed, state.cache_len)
+    window: Tensor, proposal: Proposal | None, result: Tensor, state: DecodeState, plan: SamplingPlan, shape: RoundShape
+) -> Accepted:
+    """What stands by the target's own law."""
+    ops = torch.ops.spec_compile
+    tree = None if proposal is None else proposal.tree
+    depth = None if tree is None else tree.depth
+    if plan.do_sample:
+        probs = plan.probabilities(plan.restrict(result, state, depth), state)
+        if tree is not None:
+            emitted, path, length = ops.accept_tree_sampled(
+                window, tree.parents, probs, state.seed, state.cache_len, shape.num_steps + 1
+            )
+            return Accepted(emitted, length, path)
+        emitted, length = ops.accept_sampled(
+            window, None if proposal is None else proposal.probs, probs, state.seed, state.cache_len
+        )
+        return Accepted(emitted, length, None)
+    ids = result if plan.ids_only else plan.restrict(result, state, depth).argmax(-1)
+    if tree is not None:
+        emitted, path, length = ops.accept_tree_greedy(window, tree.parents, ids, shape.num_steps + 1)
+        return Accepted(emitted, length, path)
+    return Accepted(ids, ops.accept_greedy(window, ids), None)
 
 
-def _simulated(mean: float, num_tokens: int, state: DecodeState) -> Tensor:
-    """Accept lengths of the given mean, per row and position, at most ``num_tokens``: int32 [B]."""
-    if mean == int(mean):
-        return torch.full_like(state.cache_len, min(int(mean), num_tokens))
-    chance = uniform(state.seed, state.cache_len, _SIMULATION_STREAM)
-    length = int(mean) + (chance < mean - int(mean)).to(torch.int32)
-    return length.clamp(max=num_tokens).to(torch.int32)
+def _simulate(rates: Tensor, window: Tensor, tree: Tree | None, ids: Tensor, state: DecodeState, shape: RoundShape) -> Accepted:
+    """Accept lengths by decree, per row and position; on a tree as deep as its nodes go."""
+    parents, depth = (None, None) if tree is None else (tree.parents, tree.depth)
+    emitted, path, length = torch.ops.spec_compile.simulate_accept(
+        window, parents, depth, ids, rates, state.seed, state.cache_len, shape.num_steps + 1
+    )
+    return Accepted(emitted, length, None if tree is None else path)
 
 
-def commit(draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor) -> None:
+def commit(draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor, states: Tensor | None) -> None:
     """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``."""
+    start = state.cache_len.clone() if states is not None else state.cache_len
     count = torch.ops.spec_compile.commit_tokens(
         state.tokens, state.cache_len, state.finished, emitted, accept_length, state.end_len, state.eos_ids
     )
-    promise = draft.look_ahead(state) if draft is not None else None
+    promise = draft.look_ahead(state, Verified(start, count, states)) if draft is not None else None
     state.out[:, : emitted.shape[1]].copy_(emitted)
     state.out[:, -3].copy_(count)
     state.out[:, -2].copy_(state.finished)

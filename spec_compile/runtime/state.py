@@ -53,9 +53,11 @@ class SamplingPlan:
         )
         return probs.unflatten(0, (batch, num_tokens))
 
-    def restrict(self, logits: Tensor, state: DecodeState) -> Tensor:
-        """Logits [B, N, V] with end-of-sequence ids forbidden where the text is still too short."""
-        return suppress_tokens(logits, state.eos_ids, state.cache_len, state.min_len) if self.use_min_len else logits
+    def restrict(self, logits: Tensor, state: DecodeState, depth: Tensor | None = None) -> Tensor:
+        """Logits [B, N, V] with end-of-sequence ids forbidden where the text is still too short; ``depth`` [B, N] of a tree."""
+        if not self.use_min_len:
+            return logits
+        return suppress_tokens(logits, state.eos_ids, state.cache_len, state.min_len, depth)
 
 
 @dataclass
@@ -80,7 +82,6 @@ class DecodeState:
     min_p: Tensor  # float32 [B]
     next_draft: Tensor  # int64 [B, K], drafts that look_ahead found
     out: Tensor  # int64 [B, K + 4]: emitted tokens [K + 1], how many of them count, finished, look-ahead
-    max_prefill_tokens: int
 
     def positions(self, cache_len: Tensor, num_tokens: int) -> Tensor:
         """Positions of a window behind ``cache_len``: int64 [B, N]. Slots past a row's end repeat its last position, so
@@ -88,6 +89,11 @@ class DecodeState:
         last = (self.end_len - 1).clamp(min=0)[:, None]  # [B, 1]
         offsets = torch.arange(num_tokens, dtype=torch.int32, device=cache_len.device)
         return torch.minimum(cache_len[:, None] + offsets, last).long()
+
+    def tree_positions(self, depth: Tensor) -> Tensor:
+        """``positions`` of tree tokens: ``depth`` int32 [B, N] behind ``cache_len`` -> int64 [B, N]."""
+        last = (self.end_len - 1).clamp(min=0)[:, None]  # [B, 1]
+        return torch.minimum(self.cache_len[:, None] + depth, last).long()
 
     def rows(self, count: int) -> DecodeState:
         """The first ``count`` rows: views, so a graph of a smaller bucket works on the same memory."""
@@ -111,9 +117,7 @@ class DecodeState:
 MAX_EOS_IDS = 16
 
 
-def new_state(
-    rows: int, capacity: int, pages_per_row: int, num_steps: int, device: torch.device, max_prefill_tokens: int
-) -> DecodeState:
+def new_state(rows: int, capacity: int, pages_per_row: int, num_steps: int, device: torch.device) -> DecodeState:
     """A state of padding rows.
 
     Args:
@@ -139,7 +143,6 @@ def new_state(
         min_p=zeros(rows, dtype=torch.float32),
         next_draft=zeros(rows, max(num_steps, 1), dtype=torch.int64),
         out=zeros(rows, num_steps + 4, dtype=torch.int64),
-        max_prefill_tokens=max_prefill_tokens,
     )
     state.clear()
     return state

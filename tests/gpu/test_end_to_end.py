@@ -98,8 +98,8 @@ def test_a_round_does_not_sync() -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            engine.launch(state, SamplingPlan(), 3)  # the replay
-            engine._round(state, SamplingPlan(), 3)  # and what was captured, launched kernel by kernel
+            engine.launch(state, SamplingPlan(), engine.shape)  # the replay
+            engine._round(state, SamplingPlan(), engine.shape)  # and what was captured, launched kernel by kernel
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

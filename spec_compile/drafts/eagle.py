@@ -1,0 +1,169 @@
+"""Drafting with an EAGLE head: one small layer over the target's own hidden states, as a chain or as a dynamic tree.
+
+Between rounds the head holds one entry for every token of the target's cache and, of the newest one, its logits and state:
+level 1 of the next round. A round drafts from there; what drafting writes into the head's cache is made of the head's own
+states, and the extension that follows verification overwrites it with the target's true ones.
+
+Source: EAGLE (2401.15077), EAGLE-2's dynamic trees (2406.16858), EAGLE-3 (2503.01840).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spec_compile.config import RoundShape
+from spec_compile.drafts.base import Proposal, Tree, Verified
+from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
+from spec_compile.ops.sampling import DRAFT_STREAM
+from spec_compile.runtime.head_runner import HeadRunner
+from spec_compile.runtime.state import DecodeState, SamplingPlan
+
+__all__ = ["EagleDraft", "tree_ops"]
+
+
+class EagleDraft:
+    """Drafts with a head of ``hf_integration``; ``kind`` is the head's.
+
+    A tree is drafted over one window of all nodes that are ever expanded, (num_steps - 1) × topk slots: each step runs it
+    whole and reads the newest level. The head's weights are read once a step whatever the window, so the slots not drafted
+    yet cost next to nothing, and one program with one mask serves every level.
+
+    Attributes:
+        level_logits: [R, Vd], of each row's newest entry.
+        level_states: [R, H], what the head hands on there.
+    """
+
+    def __init__(self, runner: HeadRunner, head: DraftHead, shape: RoundShape, vocab_size: int) -> None:
+        self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
+        self.kind, self.taps = head.kind, head.taps
+        self.level_logits = self.level_states = torch.empty(0)
+
+    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
+        return "full" if plan.do_sample and not self.shape.is_tree else "one-hot"
+
+    def reserve(self, rows: int, capacity: int) -> bool:
+        moved = self.runner.reserve(rows, capacity)
+        if moved or self.level_logits.shape[0] < rows:
+            head, device = self.head, self.runner.device
+            vocab_size = self.vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
+            rows = self.runner.pool.rows
+            self.level_logits = torch.zeros(rows, vocab_size, dtype=head.dtype, device=device)
+            self.level_states = torch.zeros(rows, head.config.hidden_size, dtype=head.dtype, device=device)
+            moved = True
+        return moved
+
+    def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
+        self.runner.prefill_program(argmax=False)
+        self.runner.extend_program(rows, shape.num_steps + 1)
+        if shape.num_steps > 1:
+            self._step_program(rows, shape)
+
+    def _step_program(self, rows: int, shape: RoundShape):
+        return self.runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
+
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
+        self.runner.fill(prompts, page_table, states, max_tokens)
+
+    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
+        """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts."""
+        rows, num_tokens = verified.states.shape[:2]
+        slots = torch.arange(num_tokens, device=verified.start.device)  # [E]
+        position = verified.start[:, None].long() + slots  # [B, E]
+        following = (position + 1).clamp(max=state.tokens.shape[1] - 1)
+        inputs = {
+            "input_ids": state.tokens.gather(1, following),
+            "hidden_states": verified.states,
+            "position_ids": state.positions(verified.start, num_tokens),
+            "page_table": state.page_table,
+            "cache_len": verified.start,
+        }
+        if num_tokens > 1:
+            inputs["slots"] = (verified.count[:, None].long() - 1).clamp(min=0)  # [B, 1]
+        logits, states = self.runner.extend_program(rows, num_tokens)(**inputs)
+        self.level_logits[:rows].copy_(logits[:, 0])
+        self.level_states[:rows].copy_(states[:, 0])
+
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+        if shape.is_tree:
+            return self._propose_tree(state, shape)
+        return self._propose_chain(state, plan, shape)
+
+    def _propose_chain(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+        rows = state.cache_len.shape[0]
+        logits, states = self.level_logits[:rows], self.level_states[:rows]
+        tokens, probs = [], []
+        for step in range(shape.num_steps):
+            token, q = self._choose(logits, state.cache_len + (1 + step), state, plan)
+            tokens.append(token)
+            probs.append(q)
+            if step + 1 < shape.num_steps:
+                cache_len = state.cache_len + step if step else state.cache_len
+                logits, states = self._step_program(rows, shape)(
+                    input_ids=token[:, None],
+                    hidden_states=states[:, None],
+                    position_ids=state.positions(cache_len, 1),
+                    page_table=state.page_table,
+                    cache_len=cache_len,
+                )
+                logits, states = logits[:, 0], states[:, 0]
+        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if plan.do_sample else None)
+
+    def _choose(self, logits: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
+        """The next draft token [B] from ``logits`` [B, Vd] and, when sampling, the law [B, V] it was drawn from."""
+        draft_ids = self.head.draft_ids
+        if not plan.do_sample:
+            ids, _ = torch.ops.spec_compile.draft_topk(logits, 1, draft_ids)
+            return ids[:, 0], None
+        q = plan.probabilities(logits[:, None], state)[:, 0]  # [B, Vd]
+        token = torch.ops.spec_compile.sample_token(q, state.seed, position, DRAFT_STREAM)
+        if draft_ids is None:
+            return token, F.pad(q, (0, self.vocab_size - q.shape[1]))
+        full = q.new_zeros(q.shape[0], self.vocab_size).index_copy(1, draft_ids, q)
+        return draft_ids[token], full
+
+    def _propose_tree(self, state: DecodeState, shape: RoundShape) -> Proposal:
+        ops = torch.ops.spec_compile
+        rows, topk, steps = state.cache_len.shape[0], shape.topk, shape.num_steps
+        device, num_slots = state.cache_len.device, (steps - 1) * topk
+        num_candidates = topk + (steps - 1) * topk**2
+        candidates = (
+            torch.zeros(rows, num_candidates, dtype=torch.int64, device=device),
+            torch.zeros(rows, num_candidates, dtype=torch.float32, device=device),
+            torch.zeros(rows, num_candidates, dtype=torch.int32, device=device),
+        )
+        mask = torch.zeros(rows, num_slots, (num_slots + 31) // 32, dtype=torch.int32, device=device)
+        window = torch.zeros(rows, num_slots, dtype=torch.int64, device=device)
+        fed = torch.zeros(rows, num_slots, self.level_states.shape[1], dtype=self.level_states.dtype, device=device)
+        depth = torch.arange(num_slots, dtype=torch.int32, device=device) // topk  # [P]; level 1 is one behind the root
+        positions = state.tree_positions(depth[None].expand(rows, -1))
+        states = self.level_states[:rows, None].expand(-1, topk, -1)  # [B, K, H]: all of level 0 continue the root
+        ids, logprobs = ops.draft_topk(self.level_logits[:rows], topk, self.head.draft_ids)
+        beam = None
+        for level in range(steps):
+            tokens, beam, parent = ops.expand_beam(ids, logprobs, beam, *candidates, mask, level)
+            if level == steps - 1:
+                break
+            here = slice(level * topk, (level + 1) * topk)
+            window[:, here] = tokens
+            fed[:, here] = states.gather(1, parent[:, :, None].expand(-1, -1, states.shape[2]))
+            inputs = {
+                "input_ids": window,
+                "hidden_states": fed,
+                "position_ids": positions,
+                "tree_mask": mask,
+                "page_table": state.page_table,
+                "cache_len": state.cache_len,
+            }
+            if num_slots > topk:
+                slots = torch.arange(here.start, here.stop, device=device)
+                inputs["slots"] = slots.expand(rows, -1)
+            logits, states = self._step_program(rows, shape)(**inputs)
+            ids, logprobs = ops.draft_topk(logits.flatten(0, 1), topk, self.head.draft_ids)
+        root = state.tokens.gather(1, state.cache_len[:, None].long())[:, 0]
+        window_ids, parents, depths, tree_mask = ops.build_tree(*candidates, root, shape.num_draft_tokens)
+        return Proposal(window_ids[:, 1:], None, Tree(parents, depths, tree_mask))
