@@ -75,6 +75,13 @@ def accept_tree_greedy_fake(window_ids, parents, target_ids, max_accept) -> tupl
     return _empty_triple(window_ids, max_accept)
 
 
+@accept_tree_greedy.register_kernel("cuda")
+def accept_tree_greedy_cuda(window_ids, parents, target_ids, max_accept) -> tuple[Tensor, Tensor, Tensor]:
+    from spec_compile.ops.kernels import accept_tree as kernels  # here, so that machines without Triton can import this module
+
+    return kernels.accept_tree_greedy(window_ids, parents, target_ids, max_accept)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # accept_tree_sampled
 
@@ -119,3 +126,10 @@ def accept_tree_sampled(
 @accept_tree_sampled.register_fake
 def accept_tree_sampled_fake(window_ids, parents, target_probs, seed, position, max_accept) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_triple(window_ids, max_accept)
+
+
+@accept_tree_sampled.register_kernel("cuda")
+def accept_tree_sampled_cuda(window_ids, parents, target_probs, seed, position, max_accept) -> tuple[Tensor, Tensor, Tensor]:
+    from spec_compile.ops.kernels import accept_tree as kernels
+
+    return kernels.accept_tree_sampled(window_ids, parents, target_probs, seed, position, max_accept)

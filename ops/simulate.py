@@ -93,3 +93,12 @@ def simulate_accept_fake(
     batch = window_ids.shape[0]
     emitted = window_ids.new_empty(batch, max_accept)
     return emitted, emitted.new_empty(batch, max_accept, dtype=torch.int32), emitted.new_empty(batch, dtype=torch.int32)
+
+
+@simulate_accept.register_kernel("cuda")
+def simulate_accept_cuda(
+    window_ids, parents, depth, target_ids, rates, seed, position, max_accept
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spec_compile.ops.kernels import accept_tree as kernels  # here, so that machines without Triton can import this module
+
+    return kernels.simulate_accept(window_ids, parents, depth, target_ids, rates, seed, position, max_accept)

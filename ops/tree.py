@@ -65,6 +65,14 @@ def draft_topk_fake(logits, k, draft_ids) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, k, dtype=torch.int64), logits.new_empty(rows, k, dtype=torch.float32)
 
 
+@draft_topk.register_kernel("cuda")
+def draft_topk_cuda(logits, k, draft_ids) -> tuple[Tensor, Tensor]:
+    from spec_compile.ops.kernels import tree_ops  # here, so that machines without Triton can import this module
+
+    _check_topk(logits, k)
+    return tree_ops.draft_topk(logits, k, draft_ids)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # expand_beam
 
@@ -104,10 +112,11 @@ def expand_beam(
         and the parent's slot is (level - 1) * K + beam_parent.
     """
     batch, topk = candidate_tokens.shape[0], ids.shape[1]
-    tokens, steps = ids.view(batch, -1), logprobs.nan_to_num(nan=float("-inf"), neginf=float("-inf")).clamp(max=0.0)
+    tokens = ids.view(batch, -1)
+    steps = torch.where(logprobs < 0, logprobs, 0.0).masked_fill(logprobs.isnan(), float("-inf"))  # and no -0.0
     if beam is None:
         first = 0
-        scores, parents = steps, candidate_parents.new_full((batch, topk), -1)
+        scores, parents = steps.view(batch, topk), candidate_parents.new_full((batch, topk), -1)
     else:
         first = topk + (level - 1) * topk * topk
         reached = candidate_scores.gather(1, beam.long())  # [B, K]
@@ -140,6 +149,15 @@ def expand_beam_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = candidate_tokens.shape[0], ids.shape[1]
     return ids.new_empty(shape), candidate_parents.new_empty(shape), ids.new_empty(shape)
+
+
+@expand_beam.register_kernel("cuda")
+def expand_beam_cuda(
+    ids, logprobs, beam, candidate_tokens, candidate_scores, candidate_parents, draft_mask, level
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spec_compile.ops.kernels import tree_ops
+
+    return tree_ops.expand_beam(ids, logprobs, beam, candidate_tokens, candidate_scores, candidate_parents, draft_mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,3 +237,13 @@ def build_tree_fake(
     parents = candidate_parents.new_empty(shape)
     mask = candidate_parents.new_empty(*shape, (num_draft_tokens + 31) // 32)
     return window_ids, parents, parents.new_empty(shape), mask
+
+
+@build_tree.register_kernel("cuda")
+def build_tree_cuda(
+    candidate_tokens, candidate_scores, candidate_parents, root, num_draft_tokens
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spec_compile.ops.kernels import tree_ops
+
+    _check_window(candidate_tokens, num_draft_tokens)
+    return tree_ops.build_tree(candidate_tokens, candidate_scores, candidate_parents, root, num_draft_tokens)
