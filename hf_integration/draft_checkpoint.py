@@ -1,0 +1,117 @@
+"""Which format a draft checkpoint has, and loading it.
+
+The order, from the surest sign to the weakest:
+
+1. ``speculators_model_type`` in the config.
+2. ``architectures`` in the config.
+3. Tensor names: ``d2t`` or ``midlayer.*`` is EAGLE-3; ``fc`` without a final norm is EAGLE-1/2 (official repositories call both
+   ``LlamaForCausalLM``).
+4. None of these: not a draft head, but perhaps a causal LM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import PreTrainedModel
+
+from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_checkpoint, read_config, tensor_names
+from spec_compile.hf_integration.eagle import read_eagle
+from spec_compile.hf_integration.eagle3_safeailab import read_eagle3_safeailab
+from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculators
+
+Reader = Callable[[DraftCheckpoint, PreTrainedModel], DraftHead]
+
+_SPECULATORS: dict[str, Reader] = {"eagle3": read_eagle3_speculators}
+_ARCHITECTURES: dict[str, Reader] = {
+    "LlamaForCausalLMEagle3": read_eagle3_safeailab,
+    "Eagle3LlamaForCausalLM": read_eagle3_safeailab,
+    "LlamaForCausalLMEagle": read_eagle,
+    "Qwen2ForCausalLMEagle": read_eagle,
+    "EagleLlamaForCausalLM": read_eagle,
+}
+# Draft models of other kinds: known by name, so that nobody waits for a causal LM of that name to load.
+_NOT_READ = (
+    "Eagle3DeepseekV2ForCausalLM", "PEagleDraftModel", "PEagleSpeculator", "DSparkDraftModel", "DSparkSpeculator",
+    "EagleSpeculator", "MLPSpeculatorPreTrainedModel", "Gemma4AssistantForCausalLM",
+)  # fmt: skip
+_READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators)"
+
+
+def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHead | None:
+    """Load a draft head for ``target``, in its dtype and on its device.
+
+    Args:
+        name: a directory with ``config.json`` and .safetensors or .bin files, or a hub id.
+
+    Returns:
+        The head, or None when this is no draft head (an ordinary model, or a directory without a config).
+
+    Raises:
+        DraftError: a head that is broken, of a kind that has no reader, or does not fit ``target``; or nothing was found.
+    """
+    name = os.fspath(name)
+    local = Path(name).expanduser()
+    directory = local if local.is_dir() else _config_from_hub(name)
+    if not (directory / "config.json").exists():
+        return None
+    config = read_config(directory)
+    by_config = _reader_by_config(name, config)
+    if not local.is_dir():
+        if by_config is None and not _may_be_head(config):
+            return None
+        directory = _from_hub(name)
+    reader = by_config or _reader_by_names(tensor_names(directory))
+    return reader(read_checkpoint(directory, config), target) if reader else None
+
+
+def _reader_by_config(name: str, config: Mapping[str, object]) -> Reader | None:
+    speculators = config.get("speculators_model_type")
+    architectures = config.get("architectures") or []
+    if speculators is not None and speculators not in _SPECULATORS:
+        raise DraftError(f"draft={name!r}: speculators_model_type={speculators!r} has no reader. What can be read: {_READ}.")
+    if speculators is not None:
+        return _SPECULATORS[speculators]
+    if unread := [architecture for architecture in architectures if architecture in _NOT_READ]:
+        raise DraftError(f"draft={name!r}: architecture {unread[0]!r} has no reader. What can be read: {_READ}.")
+    return next((_ARCHITECTURES[architecture] for architecture in architectures if architecture in _ARCHITECTURES), None)
+
+
+def _reader_by_names(names: set[str]) -> Reader | None:
+    if "d2t" in names or any(name.startswith("midlayer.") for name in names):
+        return read_eagle3_safeailab
+    names = {name.removeprefix("model.") for name in names}
+    if "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names and "norm.weight" not in names:
+        return read_eagle
+    if any(name.split(".")[1:] == ["0", "linear", "weight"] for name in names):
+        raise DraftError(f"these are Medusa heads (tensor 0.0.linear.weight), which have no reader. What can be read: {_READ}.")
+    return None
+
+
+def _may_be_head(config: Mapping[str, object]) -> bool:
+    """Whether an ordinary config can be that of a head: heads have one layer or say more than a causal LM does."""
+    hints = ("draft_vocab_size", "eagle_config", "target_hidden_size")
+    return config.get("num_hidden_layers") == 1 or any(hint in config for hint in hints)
+
+
+def _config_from_hub(name: str) -> Path:
+    return Path(_download(name, lambda: hf_hub_download(name, "config.json"))).parent
+
+
+def _from_hub(name: str) -> Path:
+    return Path(_download(name, lambda: snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"])))
+
+
+def _download(name: str, download: Callable[[], str]) -> str:
+    try:
+        return download()
+    except Exception as error:  # hub, network and cache errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DraftError(
+            f"draft={name!r} is neither a directory nor a repository that could be fetched from the Hugging Face hub: {reason}"
+        ) from error
