@@ -58,7 +58,8 @@ class SpecConfig:
         min_ngram, max_ngram: n-gram drafting looks for the longest repeated suffix of max_ngram down to min_ngram tokens.
         compile: ``"inductor"`` compiles the graphs' segments; ``"none"`` runs them as captured (tests, quick starts).
         cuda_graphs: on CUDA, replay each round as one CUDA graph; False launches its kernels one by one.
-        adaptive: leave a round's drafts out where they do not pay (host-synchronous devices, that is CPUs, only).
+        adaptive: choose the shape of each round, plain decoding included, by the acceptance seen and the round times measured
+            (n-grams anywhere, EAGLE heads on a GPU); False always drafts as asked. A simulated mean accept length fixes it too.
         max_prefill_tokens: prompts are prefilled in groups of rows of at most this many tokens together.
         page_size: slots in a KV cache page on a GPU (a power of two); a CPU row has one page.
         kv_cache_dtype: type of the caches, the draft's too: ``"auto"`` (the model's), ``"bfloat16"``, ``"float16"`` or

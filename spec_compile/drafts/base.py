@@ -11,6 +11,8 @@ from spec_compile.config import RoundShape
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
+MOST_PENDING = 32  # plain rounds after which a draft head has to be told of their tokens
+
 
 @dataclass(frozen=True)
 class Tree:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Proposal, Tree, Verified
+from spec_compile.drafts.base import MOST_PENDING, Proposal, Tree, Verified
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
 from spec_compile.ops.sampling import DRAFT_STREAM
@@ -36,12 +36,14 @@ class EagleDraft:
     Attributes:
         level_logits: [R, Vd], of each row's newest entry.
         level_states: [R, H], what the head hands on there.
+        pending: [R, MOST_PENDING, n * Ht], target states of tokens that plain rounds emitted, for ``catch_up``.
+        pending_count: int32 [R], how many of them count.
     """
 
     def __init__(self, runner: HeadRunner, head: DraftHead, shape: RoundShape, vocab_size: int) -> None:
         self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
         self.kind, self.taps = head.kind, head.taps
-        self.level_logits = self.level_states = torch.empty(0)
+        self.level_logits = self.level_states = self.pending = self.pending_count = torch.empty(0)
 
     def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
         return "full" if plan.do_sample and not self.shape.is_tree else "one-hot"
@@ -54,6 +56,8 @@ class EagleDraft:
             rows = self.runner.pool.rows
             self.level_logits = torch.zeros(rows, vocab_size, dtype=head.dtype, device=device)
             self.level_states = torch.zeros(rows, head.config.hidden_size, dtype=head.dtype, device=device)
+            self.pending = torch.zeros(rows, MOST_PENDING, head.target_width, dtype=head.dtype, device=device)
+            self.pending_count = torch.zeros(rows, dtype=torch.int32, device=device)
             moved = True
         return moved
 
@@ -67,10 +71,31 @@ class EagleDraft:
         return self.runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
+        self.pending_count.zero_()
         self.runner.fill(prompts, page_table, states, max_tokens)
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
-        """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts."""
+        """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts.
+
+        A plain round's only state is put aside instead: the head would cost more than it brings while nobody drafts.
+        """
+        if verified.states.shape[1] > 1:
+            self._extend(state, verified)
+            return
+        rows = verified.count.shape[0]
+        count = self.pending_count[:rows]
+        index = count.clamp(max=MOST_PENDING - 1).long()[:, None, None].expand(-1, -1, verified.states.shape[2])
+        self.pending[:rows].scatter_(1, index, verified.states)
+        count.add_(verified.count)
+
+    def catch_up(self, state: DecodeState) -> None:
+        """Extend by all that plain rounds put aside."""
+        rows = state.cache_len.shape[0]
+        count = self.pending_count[:rows]
+        self._extend(state, Verified(state.cache_len - count, count, self.pending[:rows]))
+        count.zero_()
+
+    def _extend(self, state: DecodeState, verified: Verified) -> None:
         rows, num_tokens = verified.states.shape[:2]
         slots = torch.arange(num_tokens, device=verified.start.device)  # [E]
         position = verified.start[:, None].long() + slots  # [B, E]

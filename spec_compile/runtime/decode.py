@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spec_compile.config import RoundShape
 from spec_compile.runtime.engine import Engine, Request
-from spec_compile.runtime.policy import DraftPolicy
 from spec_compile.runtime.state import DecodeState
 
 
@@ -79,22 +79,37 @@ def _read(out: Tensor, batch: int, drafted: int) -> RoundResult:
 def _decode_sync(
     engine: Engine, request: Request, state: DecodeState, timing: Timing, last: RoundResult
 ) -> Iterator[RoundResult]:
-    """On a CPU the host knows each round's result at once, and may leave hopeless drafts out of the next."""
-    shapes = {shape.num_steps: shape for shape in engine.round_shapes()}
-    policy = DraftPolicy(tuple(shapes))
-    knows = engine.draft is not None and engine.draft.kind == "ngram"
+    """On a CPU the host knows each round's result at once."""
+    policy = engine.policy(state, request.plan)
     while not all(last.finished):
         live = [i for i, done in enumerate(last.finished) if not done]
-        promise = max(last.promise[i] for i in live) if knows else None
-        num_drafts = policy.choose(promise)
+        promise = _promise(engine, last, live)
+        shape = policy.choose(promise)
         begin = time.perf_counter()
-        engine.launch(state, request.plan, shapes[num_drafts])
-        last = _read(state.out, len(request.prompts), num_drafts)
+        engine.launch(state, request.plan, shape)
+        last = _read(state.out, len(request.prompts), shape.num_steps)
         seconds = time.perf_counter() - begin
-        policy.observe(promise, num_drafts, sum(len(last.tokens[i]) for i in live) / len(live), seconds * 1e3)
+        policy.observe(promise, shape, [len(last.tokens[i]) for i in live], seconds * 1e3)
         timing.decode += seconds
         timing.rounds += 1
         yield last
+
+
+def _promise(engine: Engine, last: RoundResult, live: list[int]) -> int | None:
+    """What the most promising row's source says of its proposal; None from a source that cannot tell."""
+    knows = engine.draft is not None and engine.draft.kind == "ngram"
+    return max((last.promise[i] for i in live), default=0) if knows else None
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched round whose result the host has not read."""
+
+    shape: RoundShape
+    promise: int | None
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    slot: int
 
 
 def _decode_async(
@@ -105,27 +120,32 @@ def _decode_async(
     The round launched after the last useful one changes nothing, because every row is finished by then.
     """
     batch = len(request.prompts)
+    policy = engine.policy(state, request.plan)
     slots = [torch.empty(state.out.shape, dtype=state.out.dtype, device="cpu", pin_memory=True) for _ in range(2)]
     copied = [torch.cuda.Event() for _ in range(2)]
     started = time.perf_counter()
-    pending = -1
+    pending: _Flight | None = None
     step = 0
     while not all(last.finished):
-        slot = step % 2
+        live = [i for i, done in enumerate(last.finished) if not done]
+        promise = _promise(engine, last, live)  # of the round before the one in flight: a round late
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flight = _Flight(policy.choose(promise), promise, begin, end, step % 2)
         begin.record()
-        engine.launch(state, request.plan, engine.shape)
-        slots[slot].copy_(state.out, non_blocking=True)
+        engine.launch(state, request.plan, flight.shape)
+        slots[flight.slot].copy_(state.out, non_blocking=True)
         end.record()
-        copied[slot].record()
+        copied[flight.slot].record()
         timing.events.append((begin, end))
-        if pending >= 0:
+        if pending is not None:
             waiting = time.perf_counter()
-            copied[pending].synchronize()
+            copied[pending.slot].synchronize()
             timing.waiting += time.perf_counter() - waiting
-            last = _read(slots[pending], batch, engine.shape.num_steps)
+            last = _read(slots[pending.slot], batch, pending.shape.num_steps)
+            lengths = [len(last.tokens[i]) for i in live if last.tokens[i]]
+            policy.observe(pending.promise, pending.shape, lengths, pending.begin.elapsed_time(pending.end))
             timing.rounds += 1
             timing.decode = time.perf_counter() - started
             yield last
-        pending = slot
+        pending = flight
         step += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape, SpecConfig, chain
-from spec_compile.drafts.base import Draft
+from spec_compile.drafts.base import MOST_PENDING, Draft
 from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.ops.sampling import TARGET_STREAM
+from spec_compile.runtime.device_time import eager_milliseconds
 from spec_compile.runtime.graphs import GraphCache
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.policy import DraftPolicy
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.progress import Progress
 from spec_compile.runtime.round import commit, run_round
@@ -26,6 +29,7 @@ log = logging.getLogger("spec_compile")
 
 # A window of three tokens costs a CPU about what one does: the widest that MKL still multiplies at memory speed.
 _SHORT_DRAFT = 2
+_CATCH_UP = "catch up"
 _SMALLEST_CAPACITY = 1024  # so that short calls do not make longer ones reallocate and recapture
 
 
@@ -67,10 +71,12 @@ class Engine:
         self.target, self.draft, self.compiler, self.hardware, self.config = target, draft, compiler, hardware, config
         self.device = target.device
         self.shape = draft.shape if draft is not None else chain(0)
-        self._rates = self._simulated_rates()
+        self._rates: Tensor | None = None  # float32 [R, num_steps] where acceptance is simulated
         self.graphs = GraphCache(self.device) if hardware.is_cuda and config.cuda_graphs else None
         self.capture_seconds = 0.0
         self._buffers: DecodeState | None = None
+        self._policies: dict[tuple, DraftPolicy] = {}
+        self._plain_rounds = 0  # since the draft head last saw all tokens
         self._warmed: set[tuple] = set()  # rounds compiled, where there is no graph to tell
 
     def on_device(self) -> AbstractContextManager:
@@ -79,8 +85,10 @@ class Engine:
 
     @property
     def reach(self) -> int:
-        """Slots that a round may touch past the last token that counts: the verified window's or the drafted tree's."""
-        return max(self.shape.num_draft_tokens, self.shape.num_steps * self.shape.topk) + 2
+        """Slots that a round may touch past the last token that counts: the verified window's, the drafted tree's, or those
+        of a head that catches up."""
+        pending = MOST_PENDING if self.target.taps else 0
+        return max(self.shape.num_draft_tokens, self.shape.num_steps * self.shape.topk, pending) + 2
 
     def bucket(self, batch: int) -> int:
         """Rows of the graph that serves ``batch`` rows: the next power of two on a GPU, the batch itself on a CPU."""
@@ -96,6 +104,7 @@ class Engine:
         self.reserve(rows, max(request.end_len) + self.reach)
         self._buffers.clear()
         self.prepare(self._buffers.rows(rows), request.plan)
+        self._plain_rounds = 0
         self._prefill(self.fill(rows, request), request)
         return self._buffers.rows(rows)
 
@@ -137,6 +146,7 @@ class Engine:
             self._warmed.clear()  # kernels are chosen anew, and some of them built
         pages = self.target.pool.page_table.shape[1]
         self._buffers = new_state(rows, capacity, pages, self.shape.num_steps, self.device)
+        self._rates = self._simulated_rates(rows)
 
     def _drop_pools(self) -> None:
         if self.graphs is not None:
@@ -150,9 +160,9 @@ class Engine:
         runners = [self.target, None if self.draft is None else self.draft.runner]
         return [runner for runner in runners if runner is not None]
 
-    def _simulated_rates(self) -> Tensor | None:
+    def _simulated_rates(self, rows: int) -> Tensor | None:
         rates = self.config.simulated_rates(self.shape.num_steps)
-        return None if rates is None else torch.tensor(rates, dtype=torch.float32, device=self.device)
+        return None if rates is None else torch.tensor([rates] * rows, dtype=torch.float32, device=self.device)
 
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
@@ -164,19 +174,41 @@ class Engine:
                 if self.draft is not None and shape.num_steps > 0:
                     self.draft.prepare(state.cache_len.shape[0], plan, shape)
                 self._warm(state, plan, shape)
+            if self.chooses and self._leaves_out:
+                self._warm_catch_up(state)
+            if self.chooses and self.graphs is not None:
+                self._measure(state, plan)
 
     def round_shapes(self) -> list[RoundShape]:
-        """Shapes a round may have, by falling off of its drafts: plain decoding first where that is a choice."""
+        """Shapes a round may have, by rising number of drafts: plain decoding first where that is a choice."""
         if not self.chooses:
             return [self.shape]
-        return [chain(steps) for steps in sorted({0, min(_SHORT_DRAFT, self.shape.num_steps), self.shape.num_steps})]
+        steps = self.shape.num_steps
+        if self.draft.kind == "ngram":
+            return [chain(n) for n in sorted({0, steps} if self.hardware.is_cuda else {0, min(_SHORT_DRAFT, steps), steps})]
+        if self.shape.is_tree:
+            return [chain(0), chain(min(_SHORT_DRAFT, steps)), self.shape]
+        return [chain(n) for n in sorted({0, min(_SHORT_DRAFT, steps), steps})]
 
     @property
     def chooses(self) -> bool:
-        """Whether rounds may leave drafts out: where the host sees each round's result before the next, and where the draft
-        keeps no keys and values of its own, which would miss the tokens of such a round."""
-        able = self.draft is not None and self.draft.kind == "ngram" and not self.hardware.is_cuda
-        return able and self.config.adaptive and not self.config.simulates
+        """Whether rounds may leave drafts out: not where the draft is a model that would miss the tokens of such a round
+        (a causal LM), nor on a CPU for a head, nor where a mean accept length is decreed for every round."""
+        if self.draft is None or not self.config.adaptive or self.config.simulate_accept_length is not None:
+            return False
+        return self.draft.kind == "ngram" or self._leaves_out
+
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether the draft is a head that keeps what plain rounds tell it for later."""
+        return bool(self.target.taps) and self.hardware.is_cuda
+
+    def policy(self, state: DecodeState, plan: SamplingPlan) -> DraftPolicy:
+        """What chooses among ``round_shapes`` for this bucket and plan; it remembers earlier requests."""
+        key = state.cache_len.shape[0], plan
+        if key not in self._policies:
+            self._policies[key] = DraftPolicy(tuple(self.round_shapes()))
+        return self._policies[key]
 
     def _warm(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
         key = self._key(state, plan, shape)
@@ -205,15 +237,47 @@ class Engine:
             self._round(state, plan, shape)
         self.capture_seconds += time.perf_counter() - start - (self.compiler.seconds - compiled)
 
+    def _warm_catch_up(self, state: DecodeState) -> None:
+        """Compile or capture the program that lets a head catch up after plain rounds."""
+        rows = state.cache_len.shape[0]
+        if (rows, _CATCH_UP) in self._warmed:
+            return
+        if self.graphs is None:
+            self.draft.catch_up(state)
+        else:
+            self.graphs.capture((rows, _CATCH_UP), f"{rows} rows, catch up", lambda: self.draft.catch_up(state))
+        self._warmed.add((rows, _CATCH_UP))
+
+    def _measure(self, state: DecodeState, plan: SamplingPlan) -> None:
+        """Time every shape over the cleared state, so that the first choices know what rounds cost."""
+        policy = self.policy(state, plan)
+        for shape in policy.shapes:
+            if shape not in policy.round_ms:
+                policy.round_ms[shape] = eager_milliseconds(functools.partial(self.launch, state, plan, shape))
+
+    def _catch_up(self, state: DecodeState) -> None:
+        """Tell the head of the tokens that plain rounds emitted."""
+        if self.graphs is None:
+            self.draft.catch_up(state)
+        else:
+            self.graphs.replay((state.cache_len.shape[0], _CATCH_UP))
+        self._plain_rounds = 0
+
     @staticmethod
     def _key(state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> tuple:
         return state.cache_len.shape[0], shape, plan
 
     def _round(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
-        run_round(self.target, self.draft, state, plan, shape, simulated_rates=self._rates)
+        rates = None if self._rates is None else self._rates[: state.cache_len.shape[0]]
+        run_round(self.target, self.draft, state, plan, shape, simulated_rates=rates)
 
     def launch(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
         """Run one round, or enqueue it on a GPU; its result will stand in ``state.out``."""
+        if self.target.taps:
+            plain = shape.num_steps == 0
+            if self._plain_rounds == MOST_PENDING or (self._plain_rounds > 0 and not plain):
+                self._catch_up(state)
+            self._plain_rounds += plain
         if self.graphs is None:
             self._round(state, plan, shape)
         else:

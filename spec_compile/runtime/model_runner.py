@@ -118,7 +118,7 @@ class ModelRunner:
         prepare_graph: Callable[[StageGraph], StageGraph],
         compiler: SegmentCompiler,
     ) -> StageProgram:
-        """The program of a captured shape, (stage,) or (stage, rows, tokens, …), in one of its variants; ``name`` is for reports."""
+        """The program of a captured shape, (stage,) or (stage, rows, tokens, …), in one of its variants."""
         key = (*shape, *variant)
         if key not in self._programs:
             if shape not in self._captured:

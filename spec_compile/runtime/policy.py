@@ -1,80 +1,109 @@
-"""How many tokens the next round drafts: measured, between rounds, where the host knows the last round's result."""
+"""How the next round drafts: measured, between rounds, from what the last ones the host knows of brought and cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spec_compile.config import RoundShape
+
 _SMOOTHING = 0.3  # weight of the newest round time
 _FORGET = 0.93  # what an observation counts for after one more
 _FADE = 0.99  # what it counts for after a round that left its proposal out: a source that lost gets new chances
 _PRIOR_WEIGHT = 2.0  # observations that the prior is worth
+_PRIOR_RATE = 0.6  # acceptance of a draft model nobody has watched yet
+_PROBES = 3  # rounds that try a draft model again
+_SHORTEST_REST, _LONGEST_REST = 32, 256  # plain rounds before they do; doubled while it goes on losing
 
 
 @dataclass
 class DraftPolicy:
-    """Choose the number of drafts with the most expected tokens per second.
+    """Choose the round shape with the most expected tokens per second.
 
-    Expected tokens come from the acceptance seen at each draft position, apart for proposals that their source calls more
-    or less promising (for n-grams: the length of the match). A match of m tokens starts at m / (m + 1); a position never
-    reached is taken to be like the one before it. Windows of a few tokens cost hardly more than one on a CPU, so a short
-    draft is how a doubtful source is tried.
+    Expected tokens come from the acceptance seen at each draft position, apart for chains and trees and for proposals that
+    their source calls more or less promising (for n-grams: the length of the match). A match of m tokens starts at
+    m / (m + 1); a position never reached is taken to be like the one before it. Windows of a few tokens cost hardly more than
+    one on a CPU, so a short draft is how a doubtful source is tried.
+
+    A source that promises nothing (a draft model) and loses against plain decoding rests, longer each time it loses again.
 
     Attributes:
-        sizes: numbers of drafts a round may have, ascending.
+        shapes: what a round may be, plain decoding first if that is a choice.
+        round_ms: smoothed time of each shape seen so far.
     """
 
-    sizes: tuple[int, ...]
-    round_ms: dict[int, float] = field(default_factory=dict)  # drafts in the round -> smoothed time
-    seen: dict[int, list[_Position]] = field(default_factory=dict)  # promise -> one entry a draft position
+    shapes: tuple[RoundShape, ...]
+    round_ms: dict[RoundShape, float] = field(default_factory=dict)
+    seen: dict[tuple[int | None, bool], list[_Position]] = field(default_factory=dict)  # one entry a draft position
+    resting: int = 0
+    probing: int = 0
+    rest: int = _SHORTEST_REST
 
-    def choose(self, promise: int | None) -> int:
-        """Number of tokens to draft in the next round, one of ``sizes``.
+    def choose(self, promise: int | None) -> RoundShape:
+        """The shape of the next round.
 
-        A promise of 0 gets the fewest, a source without promises the most.
+        A promise of 0 gets the fewest drafts; None is a source that cannot tell.
         """
-        if promise == 0:
-            return self.sizes[0]
-        if promise is None:
-            return self.sizes[-1]
-        return max(self.sizes, key=lambda size: self._expected_tokens(promise, size) / self._cost(size))
+        if promise == 0 or len(self.shapes) == 1:
+            return self.shapes[0]
+        if self.resting > 0:
+            self.resting -= 1
+            self.probing = _PROBES if self.resting == 0 else 0
+            return self.shapes[0]
+        if self.probing > 0:
+            self.probing -= 1
+            return self.shapes[1]
+        best = max(self.shapes, key=lambda shape: self.expected_tokens(promise, shape) / self.cost(shape))
+        if promise is None and best.num_steps == 0:
+            self.resting, self.rest = self.rest - 1, min(2 * self.rest, _LONGEST_REST)
+        elif promise is None:
+            self.rest = _SHORTEST_REST
+        return best
 
-    def observe(self, promise: int | None, num_drafts: int, accept_length: float, ms: float) -> None:
-        """Learn from a finished round: mean accept length of its live rows and its wall time."""
-        old = self.round_ms.get(num_drafts)
-        self.round_ms[num_drafts] = ms if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * ms
-        if not promise:
+    def observe(self, promise: int | None, shape: RoundShape, accept_lengths: list[int], ms: float | None) -> None:
+        """Learn from a finished round: the accept length of each of its live rows, and its time if that is known."""
+        if ms is not None:
+            old = self.round_ms.get(shape)
+            self.round_ms[shape] = ms if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * ms
+        if promise == 0 or not accept_lengths:
             return
-        positions = self.seen.setdefault(promise, [_Position() for _ in range(self.sizes[-1])])
-        if num_drafts == 0:
-            for position in positions:
-                position.fade()
-        for index in range(num_drafts):
-            accepted = min(1.0, max(0.0, accept_length - 1 - index))  # of rows that end apart, the share that got here
-            positions[index].add(accepted)
-            if accepted < 1.0:
-                break  # what follows a refused draft was not tried
+        if shape.num_steps == 0:
+            for positions in (self.seen[key] for key in self.seen if key[0] == promise and promise is not None):
+                for position in positions:
+                    position.fade()
+            return
+        positions = self._positions(promise, shape)
+        for index in range(shape.num_steps):
+            tried = [length for length in accept_lengths if length >= 1 + index]  # what follows a refused draft was not
+            if not tried:
+                break
+            positions[index].add(sum(length > 1 + index for length in tried) / len(tried))
 
-    def _expected_tokens(self, promise: int, num_drafts: int) -> float:
+    def _positions(self, promise: int | None, shape: RoundShape) -> list[_Position]:
+        longest = max(known.num_steps for known in self.shapes)
+        return self.seen.setdefault((promise, shape.is_tree), [_Position() for _ in range(longest)])
+
+    def expected_tokens(self, promise: int | None, shape: RoundShape) -> float:
+        """Tokens that a round of ``shape`` emits on average, the bonus token included."""
         tokens = reach = 1.0
-        rate = promise / (promise + 1)
-        positions = self.seen.get(promise, ())
-        for index in range(num_drafts):
+        rate = _PRIOR_RATE if promise is None else promise / (promise + 1)
+        positions = self.seen.get((promise, shape.is_tree)) or self.seen.get((promise, not shape.is_tree), ())
+        for index in range(shape.num_steps):
             if index < len(positions):
                 rate = positions[index].rate(prior=rate)
             reach *= rate
             tokens += reach
         return tokens
 
-    def _cost(self, num_drafts: int) -> float:
+    def cost(self, shape: RoundShape) -> float:
         """Milliseconds of a round; one not measured yet is guessed from the nearest that was (10 % a draft)."""
-        if num_drafts in self.round_ms or not self.round_ms:
-            return self.round_ms.get(num_drafts, _guess(num_drafts))
-        nearest = min(self.round_ms, key=lambda known: abs(known - num_drafts))
-        return self.round_ms[nearest] * _guess(num_drafts) / _guess(nearest)
+        if shape in self.round_ms or not self.round_ms:
+            return self.round_ms.get(shape, _guess(shape))
+        nearest = min(self.round_ms, key=lambda known: abs(known.num_draft_tokens - shape.num_draft_tokens))
+        return self.round_ms[nearest] * _guess(shape) / _guess(nearest)
 
 
-def _guess(num_drafts: int) -> float:
-    return 1.0 + 0.1 * num_drafts
+def _guess(shape: RoundShape) -> float:
+    return 1.0 + 0.1 * (shape.num_draft_tokens - 1)
 
 
 @dataclass

@@ -45,7 +45,7 @@ def run_round(
     """Advance every unfinished row by 1 to ``shape.num_steps + 1`` tokens; the result stands in ``state.out``.
 
     Args:
-        simulated_rates: float32 [1, T], benchmarks only: the probability that draft j stands if those before it do, in the
+        simulated_rates: float32 [B, T], benchmarks only: the probability that draft j stands if those before it do, in the
             place of the target's verdict.
     """
     root = state.tokens.gather(1, state.cache_len[:, None].long())  # [B, 1]
