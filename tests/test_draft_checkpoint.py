@@ -1,0 +1,189 @@
+"""Draft checkpoints on disk: how a format is told, which files are read, and that nothing is skipped in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from draft_files import HIDDEN, VOCAB, write
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from transformers import PreTrainedModel
+
+from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
+
+
+def target(**overrides: object) -> PreTrainedModel:
+    return tiny_model("llama", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=6, **overrides)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Eagle3Head]:
+    head = random_eagle3_head(target(), draft_vocab_size=24, fc_norm=True, taps=(1, 3, 5))
+    save_speculators_eagle3(head, tmp_path, "somebody/target")
+    return tmp_path, head
+
+
+def edit(directory: Path, config: dict | None = None, tensors: dict | None = None, drop: tuple[str, ...] = ()) -> Path:
+    published = json.loads((directory / "config.json").read_text()) | (config or {})
+    loaded = load_file(directory / "model.safetensors") | (tensors or {})
+    return write(directory, published, {name: value for name, value in loaded.items() if name not in drop})
+
+
+def same(head: Eagle3Head, other: Eagle3Head) -> bool:
+    mine, others = head.own_tensors(), other.own_tensors()
+    return mine.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"draft_vocab_size": 24, "norm_before_residual": True, "norm_output": True},
+        {"qk_norm": True, "num_hidden_layers": 2, "norm_before_fc": True, "attention_bias": True},
+        {"own_embedding": True, "fc_norm": True, "fc_bias": True, "taps": (0, 6)},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ],
+    ids=lambda made: " ".join(made) or "plain",
+)
+def test_saved_and_loaded_is_the_same_head(made: dict, tmp_path: Path):
+    model = target()
+    head = random_eagle3_head(model, seed=3, **made)
+    save_speculators_eagle3(head, tmp_path)
+    loaded = load_draft_head(tmp_path, model)
+    assert same(head, loaded) and loaded.options == head.options
+    assert (loaded.taps, loaded.owned, loaded.config.rope_parameters) == (head.taps, head.owned, head.config.rope_parameters)
+    assert loaded.draft_ids is None if head.draft_ids is None else torch.equal(loaded.draft_ids, head.draft_ids)
+    ids, states = torch.arange(9)[None], torch.randn(1, 9, head.target_width)
+    with torch.no_grad():
+        out, wanted = (h.logits(h(ids, h.project(states), ids)) for h in (loaded, head))
+    assert torch.equal(out, wanted)
+
+
+def test_a_head_takes_the_targets_dtype(saved: tuple[Path, Eagle3Head]):
+    head = load_draft_head(saved[0], target().bfloat16())
+    assert {value.dtype for value in head.own_tensors().values()} == {torch.bfloat16} and head.dtype == torch.bfloat16
+    assert head.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_pytorch_files_and_shards(saved: tuple[Path, Eagle3Head]):
+    directory, head = saved
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+    torch.save({"lr": 1.0}, directory / "training_args.bin")
+    assert same(head, load_draft_head(directory, target()))
+    (directory / "pytorch_model.bin").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, directory / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"stray": torch.ones(1)}, directory / "not_in_the_index.safetensors")
+    assert same(head, load_draft_head(directory, target()))
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None, ["Eagle3LlamaForCausalLM"]])
+def test_eagle3_is_told_by_its_tensors_when_the_config_says_llama(saved: tuple[Path, Eagle3Head], architectures):
+    """Official SafeAILab repositories."""
+    directory, head = saved
+    config = {**head.config.to_dict(), "architectures": architectures, "fc_norm": True}
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}
+    loaded = load_draft_head(write(directory, config, load_file(directory / "model.safetensors")), target())
+    assert same(head, loaded) and loaded.taps == (1, 3, 5)
+
+
+def test_the_config_comes_before_the_tensor_names(saved: tuple[Path, Eagle3Head]):
+    directory, _ = saved
+    with pytest.raises(DraftError, match="speculators_model_type='mtp' has no reader"):
+        load_draft_head(edit(directory, {"speculators_model_type": "mtp"}), target())
+    with pytest.raises(DraftError, match="'DSparkDraftModel' has no reader"):
+        load_draft_head(edit(directory, {"speculators_model_type": None, "architectures": ["DSparkDraftModel"]}), target())
+
+
+def test_an_ordinary_model_is_no_head(tmp_path: Path):
+    model = target()
+    model.save_pretrained(tmp_path / "lm")
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "one_layer")
+    (tmp_path / "empty").mkdir()
+    for name in ("lm", "one_layer", "empty"):
+        assert load_draft_head(tmp_path / name, model) is None
+
+
+def test_what_does_not_fit_is_named(saved: tuple[Path, Eagle3Head]):
+    directory, head = saved
+    for edits, text in [
+        ({"drop": ("norm.weight", "fc_norm.1.weight")}, "missing: fc_norm.1.weight, norm.weight"),
+        ({"tensors": {"layers.0.gate.weight": torch.ones(2)}}, "unknown: layers.0.gate.weight"),
+        ({"tensors": {"norm.weight": torch.ones(7)}}, r"of another shape: norm.weight \[7\] instead of \[32\]"),
+        ({"config": {"target_hidden_size": 48}}, "states of 48 features, the target's have 32"),
+        (
+            {"config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 7]}},
+            r"states \[1, 3, 7\], but the target has 6 layers",
+        ),
+        ({"tensors": {"d2t": head.draft_ids}}, "d2t and t2d name different draft vocabularies"),
+        ({"tensors": {"d2t": torch.zeros(24, dtype=torch.int64)}}, "d2t and t2d name different draft vocabularies"),
+        ({"tensors": {"d2t": -torch.arange(24)}}, "two draft ids to one target id"),
+        ({"drop": ("d2t", "t2d")}, "lm_head has 24 rows, the target's 64, and no tensor d2t"),
+        ({"drop": ("lm_head.weight",)}, "draft vocabulary of 24 tokens but no lm_head"),
+        ({"tensors": {"embed_tokens.weight": torch.ones(50, HIDDEN)}}, "embeds 50 tokens, the target has 64"),
+        ({"config": {"transformer_layer_config": None}}, "without transformer_layer_config"),
+        ({"config": {"norm_before_fc": True}}, "exclude each other"),
+    ]:
+        before = {file: (directory / file).read_bytes() for file in ("config.json", "model.safetensors")}
+        with pytest.raises(DraftError, match=text):
+            load_draft_head(edit(directory, **edits), target())
+        for file, data in before.items():
+            (directory / file).write_bytes(data)
+
+
+def test_ids_outside_the_targets_vocabulary(saved: tuple[Path, Eagle3Head]):
+    with pytest.raises(DraftError, match="vocabulary has 20"):
+        load_draft_head(saved[0], tiny_model("llama", vocab_size=20, hidden_size=HIDDEN, num_hidden_layers=6))
+
+
+def test_broken_files(saved: tuple[Path, Eagle3Head]):
+    directory, _ = saved
+    (directory / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(DraftError, match=r"model\.safetensors cannot be read"):
+        load_draft_head(directory, target())
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(DraftError, match=r"holds no \.safetensors or \.bin file"):
+        load_draft_head(directory, target())
+    (directory / "config.json").write_text("{")
+    with pytest.raises(DraftError, match=r"config\.json cannot be read"):
+        load_draft_head(directory, target())
+
+
+def test_medusa_heads_are_recognised(tmp_path: Path):
+    directory = write(tmp_path, {"medusa_num_heads": 1}, {"0.0.linear.weight": torch.ones(2, 2)})
+    with pytest.raises(DraftError, match="Medusa"):
+        load_draft_head(directory, target())
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DraftError, match="'somebody/no-such-head' is neither a directory nor a repository"):
+        load_draft_head("somebody/no-such-head", target())
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_hub_id_is_fetched_only_if_it_can_be_a_head(
+    saved: tuple[Path, Eagle3Head], monkeypatch: pytest.MonkeyPatch, hinted: bool
+):
+    directory, head = saved
+    fetched = []
+    module = "spec_compile.hf_integration.draft_checkpoint"
+    monkeypatch.setattr(f"{module}.hf_hub_download", lambda name, file: str(directory / file))
+    monkeypatch.setattr(f"{module}.snapshot_download", lambda name, allow_patterns: fetched.append(name) or str(directory))
+    if not hinted:
+        (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32}))
+    loaded = load_draft_head("somebody/head", target())
+    assert fetched == (["somebody/head"] if hinted else [])
+    assert same(head, loaded) if hinted else loaded is None
