@@ -12,6 +12,7 @@ import random
 
 import pytest
 import torch
+from languages import DRAFTS, VOCAB, argmax_of, conditional_law, draft_tokens, joint_law, restricted, tables, total_variation
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_greedy, accept_sampled, count_accepted, residual_weights
@@ -61,30 +62,6 @@ def test_accept_greedy_bounds():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # accept_sampled, enumerated
-
-VOCAB, DRAFTS = 4, 3
-
-
-def conditional_law(temperature=1.0, dtype=torch.float64):
-    """A language: for every prefix of up to DRAFTS tokens a distribution over the next. dict prefix -> [V]."""
-    prefixes = [p for n in range(DRAFTS + 1) for p in itertools.product(range(VOCAB), repeat=n)]
-    return {p: (torch.randn(VOCAB, dtype=dtype) * temperature).softmax(0) for p in prefixes}
-
-
-def joint_law(law):
-    """The law of DRAFTS + 1 tokens: [V] * (DRAFTS + 1)."""
-    joint = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64)
-    for text in itertools.product(range(VOCAB), repeat=DRAFTS + 1):
-        joint[text] = torch.stack([law[text[:i]][token] for i, token in enumerate(text)]).prod()
-    return joint
-
-
-def total_variation(a, b):
-    return float((a - b).abs().sum() / 2)
-
-
-def one_hot(token):
-    return torch.nn.functional.one_hot(torch.tensor(token), VOCAB).double()
 
 
 def acceptance_by_bisection(window, draft_probs, target_probs, slot):
@@ -155,20 +132,6 @@ def emitted_law_one_hot(target, draft):
     return joint
 
 
-def restricted(law):
-    """A draft over part of the vocabulary: nothing outside tokens 0 and 1, as with a reduced lm_head."""
-    out = {}
-    for prefix, probs in law.items():
-        kept = probs.clone()
-        kept[2:] = 0
-        out[prefix] = kept / kept.sum()
-    return out
-
-
-def argmax_of(law):
-    return {prefix: one_hot(int(probs.argmax())) for prefix, probs in law.items()}
-
-
 def test_enumeration_full_draft_distribution():
     target, draft = conditional_law(), conditional_law()
     assert total_variation(joint_law(target), joint_law(draft)) > 0.05  # else there is nothing to correct
@@ -209,25 +172,10 @@ def test_enumeration_finds_a_draft_that_lies():
 
 def one_round(target, claimed, drafts, seed, position):
     """Run the op on ``count`` rows with the tables of a language; returns emitted, accept_length."""
-    prefix = [tuple(row) for row in drafts.tolist()]
-    stack = {p: torch.stack([target[p[:i]] for i in range(DRAFTS + 1)]).float() for p in set(prefix)}
-    target_probs = torch.stack([stack[p] for p in prefix])
-    draft_probs = None
-    if claimed is not None:
-        stack = {p: torch.stack([claimed[p[:i]] for i in range(DRAFTS)]).float() for p in set(prefix)}
-        draft_probs = torch.stack([stack[p] for p in prefix])
-    window = torch.cat([torch.zeros(len(prefix), 1, dtype=torch.int64), drafts], 1)
+    target_probs = tables(target, drafts, DRAFTS + 1)
+    draft_probs = None if claimed is None else tables(claimed, drafts, DRAFTS)
+    window = torch.cat([torch.zeros(len(drafts), 1, dtype=torch.int64), drafts], 1)
     return accept_sampled(window, draft_probs, target_probs, seed, position)
-
-
-def draft_tokens(proposal, seed, position):
-    """Drafts drawn as a round draws them: token i stands at position + 1 + i."""
-    drafts = torch.zeros(seed.shape[0], 0, dtype=torch.int64)
-    for i in range(DRAFTS):
-        probs = torch.stack([proposal[tuple(row)] for row in drafts.tolist()]).float()
-        token = sample_token(probs, seed, position + 1 + i, DRAFT_STREAM)
-        drafts = torch.cat([drafts, token[:, None]], 1)
-    return drafts
 
 
 def sampled_distance(target, proposal, claimed, count):

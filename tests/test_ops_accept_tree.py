@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 import torch
+from languages import DRAFTS, VOCAB, conditional_law, continued, joint_law, total_variation
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_greedy, accept_sampled
@@ -155,33 +155,6 @@ def test_rows_do_not_depend_on_their_batch():
 # ----------------------------------------------------------------------------------------------------------------------
 # The law of what is emitted
 
-VOCAB, LENGTH = 4, 3  # tokens of the text whose law is compared
-
-
-def language():
-    """For every text of up to LENGTH tokens the distribution of the next: dict text -> float64 [V]."""
-    texts = [text for n in range(LENGTH + 1) for text in itertools.product(range(VOCAB), repeat=n)]
-    return {text: torch.randn(VOCAB, dtype=torch.float64).softmax(0) for text in texts}
-
-
-def law_of_text(law):
-    """The target's law of LENGTH tokens: [V] * LENGTH."""
-    joint = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64)
-    for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        joint[text] = torch.stack([law[text[:i]][token] for i, token in enumerate(text)]).prod()
-    return joint
-
-
-def continued(law, emitted):
-    """The law of LENGTH tokens of text that begins with ``emitted`` and goes on by the target's law."""
-    joint = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64)
-    emitted = emitted[:LENGTH]
-    for rest in itertools.product(range(VOCAB), repeat=LENGTH - len(emitted)):
-        text = (*emitted, *rest)
-        steps = [law[text[:i]][text[i]] for i in range(len(emitted), LENGTH)]
-        joint[text] = torch.stack(steps).prod() if steps else 1.0
-    return joint
-
 
 def node_texts(tokens, parents):
     """The text that each node stands for, the root's being empty."""
@@ -192,34 +165,30 @@ def node_texts(tokens, parents):
 
 
 def shallow_tree(num_tokens):
-    """A random tree of at most LENGTH levels: deeper nodes have no place in the language."""
+    """A random tree of at most DRAFTS levels: deeper nodes have no place in the language."""
     while True:
         tokens, parents = random_tree(num_tokens, VOCAB)
-        if max(len(text) for text in node_texts(tokens, parents)) <= LENGTH:
+        if max(len(text) for text in node_texts(tokens, parents)) <= DRAFTS:
             return tokens, parents
-
-
-def total_variation(a, b):
-    return float((a - b).abs().sum() / 2)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 6])
 def test_enumeration(num_tokens):
     """Summed over everything the target can draw at the nodes: the emitted text, continued, follows the target's law."""
-    law, (tokens, parents) = language(), shallow_tree(num_tokens)
+    law, (tokens, parents) = conditional_law(), shallow_tree(num_tokens)
     probs = torch.stack([law[text] for text in node_texts(tokens, parents)])  # [N, V]
     drawn = torch.cartesian_prod(*[torch.arange(VOCAB)] * num_tokens).view(-1, num_tokens)
     weight = probs[torch.arange(num_tokens), drawn].prod(1)
     rows = len(drawn)
     window, tree = torch.tensor(tokens).expand(rows, -1), int32(parents).expand(rows, -1)
-    emitted, _, length = accept_tree_greedy(window, tree, drawn, LENGTH + 1)
-    joint, outcomes = torch.zeros([VOCAB] * LENGTH, dtype=torch.float64), {}
+    emitted, _, length = accept_tree_greedy(window, tree, drawn, DRAFTS + 1)
+    joint, outcomes = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64), {}
     for text, count, probability in zip(emitted.tolist(), length.tolist(), weight.tolist(), strict=True):
         outcome = tuple(text[:count])
         outcomes[outcome] = outcomes.get(outcome, 0.0) + probability
     for outcome, probability in outcomes.items():
         joint += probability * continued(law, outcome)
-    assert total_variation(joint, law_of_text(law)) < 1e-6
+    assert total_variation(joint, joint_law(law)) < 1e-6
     # and it is the rule of the literature, outcome by outcome
     expected = siblings_in_order(law, tokens, parents)
     assert outcomes.keys() == expected.keys()
@@ -244,15 +213,15 @@ def siblings_in_order(law, tokens, parents, node=0, text=(), remove=True):
 
 
 def test_enumeration_finds_a_rule_that_forgets_to_zero():
-    law, (tokens, parents) = language(), ([0, 0, 1], [-1, 0, 0])
+    law, (tokens, parents) = conditional_law(), ([0, 0, 1], [-1, 0, 0])
     law[()] = torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64)
     wrong = siblings_in_order(law, tokens, parents, remove=False)
     joint = sum(p * continued(law, outcome) for outcome, p in wrong.items())
-    assert total_variation(joint, law_of_text(law)) > 0.05
+    assert total_variation(joint, joint_law(law)) > 0.05
 
 
 def sampled_distance(law, tree, count, probs_of):
-    """TV between the target's law of LENGTH tokens and that of ``count`` rows through the op, continued.
+    """TV between the target's law of DRAFTS + 1 tokens and that of ``count`` rows through the op, continued.
 
     Args:
         probs_of: the target's table of the nodes, [N, V], from the nodes' texts.
@@ -261,28 +230,28 @@ def sampled_distance(law, tree, count, probs_of):
     probs = probs_of(node_texts(tokens, parents)).float()
     window, parents = torch.tensor(tokens).expand(count, -1), int32(parents).expand(count, -1)
     position = torch.randint(1000, (count,), dtype=torch.int32)
-    emitted, _, length = accept_tree_sampled(window, parents, probs.expand(count, -1, -1), seeds(count), position, LENGTH + 1)
+    emitted, _, length = accept_tree_sampled(window, parents, probs.expand(count, -1, -1), seeds(count), position, DRAFTS + 1)
     outcomes = {}
     for text, stop in zip(emitted.tolist(), length.tolist(), strict=True):
         outcomes[tuple(text[:stop])] = outcomes.get(tuple(text[:stop]), 0) + 1
     joint = sum(n / count * continued(law, outcome) for outcome, n in outcomes.items())
-    return total_variation(joint, law_of_text(law))
+    return total_variation(joint, joint_law(law))
 
 
 def noise_level(count):
     """Bounds the TV that sampling itself causes: about 0.4 * sqrt(cells / n), doubled."""
-    return 0.8 * (VOCAB**LENGTH / count) ** 0.5
+    return 0.8 * (VOCAB ** (DRAFTS + 1) / count) ** 0.5
 
 
 def test_sampling_converges_to_the_target():
-    law, tree = language(), shallow_tree(7)
+    law, tree = conditional_law(), shallow_tree(7)
     for count in (400, 6400, 25600):
         assert sampled_distance(law, tree, count, lambda texts: torch.stack([law[t] for t in texts])) < noise_level(count)
 
 
 def test_sampling_finds_probabilities_of_the_wrong_nodes():
     """The negative control: every node judged by its neighbour's distribution."""
-    law, tree = language(), ([0, 0, 1, 2, 3], [-1, 0, 0, 0, 0])
+    law, tree = conditional_law(), ([0, 0, 1, 2, 3], [-1, 0, 0, 0, 0])
     for token in range(VOCAB):
         law[(token,)] = torch.full((VOCAB,), 0.02, dtype=torch.float64)
         law[(token,)][token] = 0.94

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _noise_key, _uniform
+from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _noise_key, _rows, _uniform
 from spec_compile.ops.kernels.split_kv import COUNTERS
 from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM
 
@@ -168,7 +168,7 @@ def accept_tree_sampled(
     triple = _outputs(window_ids, max_accept)
     score = torch.empty(batch, num_tokens, parts, dtype=torch.float32, device=device)
     winner = torch.empty(batch, num_tokens, parts, dtype=torch.int32, device=device)
-    probs = target_probs if target_probs.stride(2) == 1 or vocab_size == 1 else target_probs.contiguous()
+    probs = _rows(target_probs)
     with torch.cuda.device_of(window_ids):
         _sampled_kernel[(parts, num_tokens, batch)](
             window_ids.contiguous(), parents.contiguous(), probs, seed.contiguous(), position.contiguous(), score, winner,

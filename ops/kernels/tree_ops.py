@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spec_compile.ops.kernels.round_ops import _rows
 from spec_compile.ops.kernels.split_kv import COUNTERS
 
 VOCAB_BLOCK = 2048
@@ -107,7 +108,7 @@ def _draft_topk_kernel(logits_ptr, draft_ids_ptr, ids_ptr, logprobs_ptr, key_ptr
 def draft_topk(logits: Tensor, k: int, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, vocab_size = logits.shape
     device = logits.device
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = _rows(logits)
     block = VOCAB_BLOCK if rows * triton.cdiv(vocab_size, VOCAB_BLOCK) <= MANY_PROGRAMS else LARGE_VOCAB_BLOCK
     block = min(block, triton.next_power_of_2(vocab_size))
     parts = triton.cdiv(vocab_size, block)

@@ -20,7 +20,7 @@ from kernel_checks import (
 )
 from torch.library import opcheck
 
-from spec_compile.ops import accept_tree, simulate, tree
+from spec_compile.ops import accept_block, accept_tree, simulate, tree
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
 
@@ -239,6 +239,53 @@ def test_simulate_accept(num_tokens, max_accept, batch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Block verification
+
+
+def chain(batch, num_tokens, vocab):
+    """(window_ids, draft_probs, target_probs) of drafts sampled from a distribution near the target's."""
+    logits = torch.randn(batch, num_tokens, vocab) * 3
+    draft = (logits[:, :-1] + torch.randn(batch, num_tokens - 1, vocab)).softmax(-1)
+    drafted = torch.multinomial(draft.flatten(0, 1), 1).view(batch, num_tokens - 1)
+    return torch.cat([torch.randint(vocab, (batch, 1)), drafted], 1), draft, logits.softmax(-1)
+
+
+@pytest.mark.parametrize("vocab", [5, 2500] if INTERPRETED else [5, 2500, 49152])
+@pytest.mark.parametrize("num_tokens", [2, 4, 8, 13])
+def test_accept_block(num_tokens, vocab):
+    batch = 2 if vocab > 10000 or INTERPRETED else 24
+    window, draft, target = chain(batch, num_tokens, vocab)
+    wide = torch.rand(batch, num_tokens + 2, vocab + 1)  # rows of a larger allocation
+    wide[:, :num_tokens, :vocab] = target
+    position = torch.randint(5000, (batch,), dtype=torch.int32)
+    args = window, draft, wide[:, :num_tokens, :vocab], seeds(batch), position
+    *_, length = check(accept_block.accept_block, accept_block.accept_block_cuda, *args)
+    if batch == 24 and num_tokens == 8:
+        assert length.unique().numel() > 2  # several branches were taken
+
+
+def test_accept_block_without_anything_left():
+    """p == q, and drafts that p excludes: the block ends at the root, and what follows comes from p."""
+    probs = torch.rand(6, 2, 40)
+    probs[..., 0] = 0
+    target = torch.cat([probs, probs[:, :1]], 1)
+    window = torch.zeros(6, 3, dtype=torch.int64)
+    args = window, probs, target, seeds(6), int32([3] * 6)
+    emitted, length = check(accept_block.accept_block, accept_block.accept_block_cuda, *args)
+    assert (length == 1).all() and target[:, 0].gather(1, emitted[:, :1]).gt(0).all()
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_accept_block_of_a_dead_row(bad):
+    window, draft, target = chain(3, 4, 50)
+    target[1], draft[1] = bad, bad
+    args = [to_device(x) for x in (window, draft, target, seeds(3), int32([1, 2, 3]))]
+    op = accept_block.accept_block_cuda if INTERPRETED else accept_block.accept_block
+    emitted, length = (x.cpu() for x in op(*args))
+    assert emitted.min() >= 0 and emitted.max() < 50 and length.min() >= 1 and length.max() <= 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What only a device can show
 
 
@@ -249,6 +296,7 @@ OPS = {
     "accept_tree_greedy": accept_tree.accept_tree_greedy,
     "accept_tree_sampled": accept_tree.accept_tree_sampled,
     "simulate_accept": simulate.simulate_accept,
+    "accept_block": accept_block.accept_block,
 }
 
 
@@ -270,6 +318,7 @@ def device_round():
         "accept_tree_greedy": (window, parents, window.roll(-1, 1), num_steps + 1),
         "accept_tree_sampled": (window, parents, torch.rand(batch, num_tokens, 5000), *noise, num_steps + 1),
         "simulate_accept": (window, parents, depth, window, torch.full((batch, num_steps), 0.7), *noise, num_steps + 1),
+        "accept_block": (*chain(batch, 4, 5000), *noise),
     }
     return {name: [to_device(x) for x in values] for name, values in args.items()}
 

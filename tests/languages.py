@@ -1,0 +1,71 @@
+"""Toy languages whose law is known: what a sampler's text is compared with."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
+
+VOCAB, DRAFTS = 4, 3
+
+
+def conditional_law(temperature=1.0, dtype=torch.float64):
+    """A language: for every prefix of up to DRAFTS tokens a distribution over the next. dict prefix -> [V]."""
+    prefixes = [p for n in range(DRAFTS + 1) for p in itertools.product(range(VOCAB), repeat=n)]
+    return {p: (torch.randn(VOCAB, dtype=dtype) * temperature).softmax(0) for p in prefixes}
+
+
+def joint_law(law):
+    """The law of DRAFTS + 1 tokens: [V] * (DRAFTS + 1)."""
+    return continued(law, ())
+
+
+def continued(law, text):
+    """The law of DRAFTS + 1 tokens that begin with ``text`` and go on by ``law``: [V] * (DRAFTS + 1)."""
+    joint = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64)
+    for rest in itertools.product(range(VOCAB), repeat=DRAFTS + 1 - len(text)):
+        full = (*text, *rest)
+        steps = [law[full[:i]][full[i]] for i in range(len(text), DRAFTS + 1)]
+        joint[full] = torch.stack(steps).prod() if steps else 1.0
+    return joint
+
+
+def total_variation(a, b):
+    return float((a - b).abs().sum() / 2)
+
+
+def one_hot(token):
+    return torch.nn.functional.one_hot(torch.tensor(token), VOCAB).double()
+
+
+def restricted(law):
+    """A draft over part of the vocabulary: nothing outside tokens 0 and 1, as with a reduced lm_head."""
+    out = {}
+    for prefix, probs in law.items():
+        kept = probs.clone()
+        kept[2:] = 0
+        out[prefix] = kept / kept.sum()
+    return out
+
+
+def argmax_of(law):
+    return {prefix: one_hot(int(probs.argmax())) for prefix, probs in law.items()}
+
+
+def draft_tokens(proposal, seed, position):
+    """Drafts drawn as a round draws them, token i at position + 1 + i: int64 [len(seed), DRAFTS]."""
+    drafts = torch.zeros(seed.shape[0], 0, dtype=torch.int64)
+    for i in range(DRAFTS):
+        probs = torch.stack([proposal[tuple(row)] for row in drafts.tolist()]).float()
+        token = sample_token(probs, seed, position + 1 + i, DRAFT_STREAM)
+        drafts = torch.cat([drafts, token[:, None]], 1)
+    return drafts
+
+
+def tables(law, drafts, count):
+    """``law`` at the first ``count`` slots of every row of drafts: float32 [rows, count, V]."""
+    rows = [tuple(row) for row in drafts.tolist()]
+    stack = {p: torch.stack([law[p[:i]] for i in range(count)]).float() for p in set(rows)}
+    return torch.stack([stack[p] for p in rows])
