@@ -99,6 +99,20 @@ def test_kernels_read_caches_of_a_narrower_type(dtype: str, interpreter: None) -
     assert result.returncode == 0, result.stderr
 
 
+# Of the tests for the device, cases that take the interpreter a second or less, some of every kernel's.
+TREE_CASES = (
+    "(test_a_tree and 5-4-8) or (test_a_tree and 3-1-4) or windows_of_any_size or draft_topk_ties or "
+    "(accept_tree_greedy and 8-6) or (accept_tree_sampled and 8-6) or (simulate_accept and 8-6) or (accept_block and 4-)"
+)
+
+
+def test_kernels_of_trees_match_their_ops(interpreter: None) -> None:
+    file = Path(__file__).parent / "gpu" / "test_tree_ops.py"
+    result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', {TREE_CASES!r}, '-rA']))")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("PASSED") > 20 and "SKIPPED" not in result.stdout, result.stdout
+
+
 def node(**changes: object) -> AttentionNode:
     fields = {
         "op": "attention", "stage": "verify", "batch": 2, "num_tokens": 4, "num_q_heads": 8, "num_kv_heads": 2,
