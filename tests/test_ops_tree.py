@@ -213,6 +213,27 @@ def test_build_tree_refuses_a_window_larger_than_its_candidates(num_tokens):
         build_tree(tokens, scores, parents, torch.tensor([0]), num_tokens)
 
 
+@pytest.mark.parametrize("topk", [1, 4])
+def test_a_drafting_loop_compiles(topk):
+    """All levels in one graph: what a level writes is what the next one reads."""
+    num_steps = 4
+    logits = [torch.randn(2 * (topk if level else 1), 30) for level in range(num_steps)]
+
+    def draft(*state):
+        beam, read = None, []
+        for level in range(num_steps):
+            ids, logprobs = draft_topk(logits[level], topk, None)
+            tokens, beam, parent = expand_beam(ids, logprobs, beam, *state, level)
+            read += [tokens, beam, parent, state[3][:, level * topk : (level + 1) * topk].clone()]
+        return [*read, *build_tree(*state[:3], read[0][:, 0], num_steps + 1)]
+
+    ours, theirs = buffers(2, num_steps, topk), buffers(2, num_steps, topk)
+    expected = draft(*ours)
+    actual = torch.compile(draft, backend="aot_eager", fullgraph=True)(*theirs)
+    for a, b in zip([*actual, *theirs], [*expected, *ours], strict=True):
+        assert a.equal(b)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Registration
 

@@ -206,17 +206,19 @@ def expand_beam(
 def _chosen_candidates(score, inside, count):
     """bool [BLOCK]: the ``count`` best of scores that are not positive, ties to the lower index.
 
-    The threshold is found by halving the range of bit patterns: 31 sums, where a sort of C candidates takes more steps.
+    The threshold is found by halving a range of bit patterns: at most 31 sums, a dozen when the scores differ. Sorting C
+    candidates takes more steps.
     """
     # Magnitudes order like their bits, and the least is best. NaN counts as -inf.
     magnitude = tl.where(score < 0.0, -score, 0.0)
     magnitude = tl.where(score == score, magnitude, float("inf")).to(tl.int32, bitcast=True)
     magnitude = tl.where(inside, magnitude, 0x7FFFFFFF)
     low, high = tl.full((), 0, tl.int32), tl.full((), 0x7F800000, tl.int32)
-    for _ in range(0, 31):
+    while low < high:
         middle = low + ((high - low) >> 1)
-        enough = tl.sum((magnitude <= middle).to(tl.int32), 0) >= count
-        low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
+        found = tl.sum((magnitude <= middle).to(tl.int32), 0)
+        high = tl.where(found < count, high, middle)
+        low = tl.where(found < count, middle + 1, tl.where(found == count, middle, low))  # as many as wanted: done
     better = magnitude < high
     tie = magnitude == high
     left = count - tl.sum(better.to(tl.int32), 0)
