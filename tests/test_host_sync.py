@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.drafts.base import Draft, Proposal
+from spec_compile.drafts.base import Draft, Proposal, RoundInputs
 from spec_compile.drafts.causal_lm import CausalLMDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.hardware import Hardware
@@ -220,9 +220,9 @@ class FaultyDraft(NgramDraft):
         super().__init__(chain(NUM_STEPS), 1, 3)
         self.fault = fault
 
-    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         self.fault(state)
-        return super().propose(state, plan, shape)
+        return super().propose(state, plan, shape, inputs)
 
 
 @pytest.mark.parametrize("fault,error", FAULTS.items(), ids=lambda value: value.__name__)

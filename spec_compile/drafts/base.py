@@ -30,17 +30,32 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class RoundInputs:
+    """What a round knows before it drafts; see ``ops.round_inputs``.
+
+    Attributes:
+        root: int64 [B, 1], the newest token, which is in no cache yet.
+        position_ids: int64 [B, num_steps + 1], of the root and of what is one, two, … tokens behind it.
+        lens: int32 [num_steps + 1, B], ``cache_len`` and 1, 2, … more.
+    """
+
+    root: Tensor
+    position_ids: Tensor
+    lens: Tensor
+
+
+@dataclass(frozen=True)
 class Proposal:
     """Drafted tokens and the law they were drawn from.
 
     Attributes:
-        tokens: int64 [B, N - 1].
+        window: int64 [B, N], the root and the drafts.
         probs: float32 [B, N - 1, V] when the tokens were sampled from it (q is ``full``); None when they were not drawn at
             all (q is ``one-hot``). Verification is exact for what is said here, and only for that.
         tree: how they hang together; None for a chain.
     """
 
-    tokens: Tensor
+    window: Tensor
     probs: Tensor | None = None
     tree: Tree | None = None
 
@@ -94,7 +109,7 @@ class Draft(Protocol):
             max_tokens: process at most this many tokens at once.
         """
 
-    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         """Draft behind each row's root token."""
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor | None:

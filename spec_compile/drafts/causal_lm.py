@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Proposal, Verified
+from spec_compile.drafts.base import Proposal, RoundInputs, Verified
 from spec_compile.errors import DraftError
 from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.model_runner import ModelRunner
@@ -67,7 +67,7 @@ class CausalLMDraft:
         known = [p.clamp(max=self.draft_vocab_size - 1) for p in prompts]
         self.runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
 
-    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows = state.cache_len.shape[0]
         # Padding rows have cache_len 0; their window starts at slot 0 of nobody's page.
         start = (state.cache_len - 1).clamp(min=0)  # [B]
@@ -89,7 +89,7 @@ class CausalLMDraft:
             probs.append(q)
             window = token[:, None]
         full = torch.stack(probs, 1) if plan.do_sample else None
-        return Proposal(torch.stack(tokens, 1), full)
+        return Proposal(torch.cat([inputs.root, torch.stack(tokens, 1)], 1), full)
 
     def _choose(self, result: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
         """The next draft token [B] and, when sampling, the law [B, V] it was drawn from."""

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import MOST_PENDING, Proposal, Tree, Verified
+from spec_compile.drafts.base import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
 from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
 from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
 from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
-__all__ = ["EagleDraft", "tree_ops"]
+__all__ = ["EagleDraft", "round_inputs_ops", "tree_ops"]
 
 
 class EagleDraft:
@@ -97,61 +98,60 @@ class EagleDraft:
 
     def _extend(self, state: DecodeState, verified: Verified) -> None:
         rows, num_tokens = verified.states.shape[:2]
-        slots = torch.arange(num_tokens, device=verified.start.device)  # [E]
-        position = verified.start[:, None].long() + slots  # [B, E]
-        following = (position + 1).clamp(max=state.tokens.shape[1] - 1)
+        input_ids, position_ids, newest = torch.ops.spec_compile.extend_inputs(
+            state.tokens, verified.start, verified.count, state.end_len, num_tokens
+        )
         inputs = {
-            "input_ids": state.tokens.gather(1, following),
+            "input_ids": input_ids,
             "hidden_states": verified.states,
-            "position_ids": state.positions(verified.start, num_tokens),
+            "position_ids": position_ids,
             "page_table": state.page_table,
             "cache_len": verified.start,
         }
         if num_tokens > 1:
-            inputs["slots"] = (verified.count[:, None].long() - 1).clamp(min=0)  # [B, 1]
+            inputs["slots"] = newest
         logits, states = self.runner.extend_program(rows, num_tokens)(**inputs)
         self.level_logits[:rows].copy_(logits[:, 0])
         self.level_states[:rows].copy_(states[:, 0])
 
-    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         if shape.is_tree:
-            return self._propose_tree(state, shape)
-        return self._propose_chain(state, plan, shape)
+            return self._propose_tree(state, shape, inputs)
+        return self._propose_chain(state, plan, shape, inputs)
 
-    def _propose_chain(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
+    def _propose_chain(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows = state.cache_len.shape[0]
-        logits, states = self.level_logits[:rows], self.level_states[:rows]
+        logits, states = self.level_logits[:rows], self.level_states[:rows, None]  # [B, Vd], [B, 1, H]
         tokens, probs = [], []
         for step in range(shape.num_steps):
-            token, q = self._choose(logits, state.cache_len + (1 + step), state, plan)
+            token, q = self._choose(logits, inputs.lens[step + 1], state, plan)
             tokens.append(token)
             probs.append(q)
             if step + 1 < shape.num_steps:
-                cache_len = state.cache_len + step if step else state.cache_len
                 logits, states = self._step_program(rows, shape)(
-                    input_ids=token[:, None],
-                    hidden_states=states[:, None],
-                    position_ids=state.positions(cache_len, 1),
+                    input_ids=token,
+                    hidden_states=states,
+                    position_ids=inputs.position_ids[:, step : step + 1],
                     page_table=state.page_table,
-                    cache_len=cache_len,
+                    cache_len=inputs.lens[step],
                 )
-                logits, states = logits[:, 0], states[:, 0]
-        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if plan.do_sample else None)
+                logits = logits[:, 0]
+        return Proposal(torch.cat([inputs.root, *tokens], 1), torch.stack(probs, 1) if plan.do_sample else None)
 
     def _choose(self, logits: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
-        """The next draft token [B] from ``logits`` [B, Vd] and, when sampling, the law [B, V] it was drawn from."""
+        """The next draft token [B, 1] from ``logits`` [B, Vd] and, when sampling, the law [B, V] it was drawn from."""
         draft_ids = self.head.draft_ids
         if not plan.do_sample:
             ids, _ = torch.ops.spec_compile.draft_topk(logits, 1, draft_ids)
-            return ids[:, 0], None
+            return ids, None
         q = plan.probabilities(logits[:, None], state)[:, 0]  # [B, Vd]
         token = torch.ops.spec_compile.sample_token(q, state.seed, position, DRAFT_STREAM)
         if draft_ids is None:
-            return token, F.pad(q, (0, self.vocab_size - q.shape[1]))
+            return token[:, None], F.pad(q, (0, self.vocab_size - q.shape[1]))
         full = q.new_zeros(q.shape[0], self.vocab_size).index_copy(1, draft_ids, q)
-        return draft_ids[token], full
+        return draft_ids[token][:, None], full
 
-    def _propose_tree(self, state: DecodeState, shape: RoundShape) -> Proposal:
+    def _propose_tree(self, state: DecodeState, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         ops = torch.ops.spec_compile
         rows, topk, steps = state.cache_len.shape[0], shape.topk, shape.num_steps
         device, num_slots = state.cache_len.device, (steps - 1) * topk
@@ -162,10 +162,9 @@ class EagleDraft:
             torch.zeros(rows, num_candidates, dtype=torch.int32, device=device),
         )
         mask = torch.zeros(rows, num_slots, (num_slots + 31) // 32, dtype=torch.int32, device=device)
-        window = torch.zeros(rows, num_slots, dtype=torch.int64, device=device)
+        nodes = torch.zeros(rows, num_slots, dtype=torch.int64, device=device)
         fed = torch.zeros(rows, num_slots, self.level_states.shape[1], dtype=self.level_states.dtype, device=device)
-        depth = torch.arange(num_slots, dtype=torch.int32, device=device) // topk  # [P]; level 1 is one behind the root
-        positions = state.tree_positions(depth[None].expand(rows, -1))
+        positions = inputs.position_ids[:, : steps - 1].repeat_interleave(topk, dim=1)  # [B, P]; level 0 is behind the root
         states = self.level_states[:rows, None].expand(-1, topk, -1)  # [B, K, H]: all of level 0 continue the root
         ids, logprobs = ops.draft_topk(self.level_logits[:rows], topk, self.head.draft_ids)
         beam = None
@@ -174,10 +173,10 @@ class EagleDraft:
             if level == steps - 1:
                 break
             here = slice(level * topk, (level + 1) * topk)
-            window[:, here] = tokens
+            nodes[:, here] = tokens
             fed[:, here] = states.gather(1, parent[:, :, None].expand(-1, -1, states.shape[2]))
-            inputs = {
-                "input_ids": window,
+            fed_in = {
+                "input_ids": nodes,
                 "hidden_states": fed,
                 "position_ids": positions,
                 "tree_mask": mask,
@@ -186,9 +185,8 @@ class EagleDraft:
             }
             if num_slots > topk:
                 slots = torch.arange(here.start, here.stop, device=device)
-                inputs["slots"] = slots.expand(rows, -1)
-            logits, states = self._step_program(rows, shape)(**inputs)
+                fed_in["slots"] = slots.expand(rows, -1)
+            logits, states = self._step_program(rows, shape)(**fed_in)
             ids, logprobs = ops.draft_topk(logits.flatten(0, 1), topk, self.head.draft_ids)
-        root = state.tokens.gather(1, state.cache_len[:, None].long())[:, 0]
-        window_ids, parents, depths, tree_mask = ops.build_tree(*candidates, root, shape.num_draft_tokens)
-        return Proposal(window_ids[:, 1:], None, Tree(parents, depths, tree_mask))
+        window, parents, depth, tree_mask = ops.build_tree(*candidates, inputs.root[:, 0], shape.num_draft_tokens)
+        return Proposal(window, None, Tree(parents, depth, tree_mask))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Proposal, Verified
+from spec_compile.drafts.base import Proposal, RoundInputs, Verified
 from spec_compile.ops import ngram as ngram_ops  # registers spec_compile::ngram_propose
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -42,8 +42,8 @@ class NgramDraft:
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int) -> None:
         pass  # the state's token history is all it reads
 
-    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Proposal:
-        return Proposal(state.next_draft[:, : shape.num_steps])  # found by look_ahead
+    def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
+        return Proposal(torch.cat([inputs.root, state.next_draft[:, : shape.num_steps]], 1))  # found by look_ahead
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor:
         tokens, match_length = torch.ops.spec_compile.ngram_propose(

@@ -313,7 +313,8 @@ class Engine:
         result, states = self.fill_caches(live, request, argmax=plan.ids_only)
         emitted = state.tokens.new_zeros(state.tokens.shape[0], 1)
         emitted[:batch, 0] = self.first_tokens(result, live, plan)
-        commit(self.draft, state, emitted, torch.ones_like(state.cache_len), self.window_states(states, state))
+        ones, start = torch.ones_like(state.cache_len), state.cache_len.clone()
+        commit(self.draft, state, emitted, ones, start, self.window_states(states, state))
 
     def fill_caches(self, live: DecodeState, request: Request, *, argmax: bool) -> tuple[Tensor, Tensor | None]:
         """Run the prompts through the target and the draft; the target's results for the last tokens, see ``prefill``."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.drafts.base import Verified
+from spec_compile.drafts.base import RoundInputs, Verified
 from spec_compile.hf_integration.generate import GenerateCall
 from spec_compile.runtime.engine import Engine, Request
-from spec_compile.runtime.round import verify
+from spec_compile.runtime.round import round_inputs, verify
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 from spec_compile.runtime.transcript import Transcript
 
@@ -67,8 +67,9 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
         if done:
             return result
         _advance(engine, state, transcript, taken, states)
-        window = _window(engine, state, transcript)
-        slots, states = verify(engine.target, window, state, argmax=False)
+        inputs = round_inputs(state, _shape(engine))
+        window = _window(engine, state, transcript, inputs)
+        slots, states = verify(engine.target, window, state, inputs, argmax=False)
 
 
 def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor, Tensor | None]:
@@ -126,13 +127,13 @@ def _advance(engine: Engine, state: DecodeState, transcript: Transcript, taken: 
         engine.draft.look_ahead(state, Verified(start, torch.full_like(start, taken), states))
 
 
-def _window(engine: Engine, state: DecodeState, transcript: Transcript) -> Tensor:
+def _window(engine: Engine, state: DecodeState, transcript: Transcript, inputs: RoundInputs) -> Tensor:
     """The next window, int64 [B, N]; finished rows are drafted as the padding they will get."""
-    root = state.tokens.gather(1, state.cache_len.long()[:, None])
     if engine.draft is None:
-        return root
-    drafts = engine.draft.propose(state, _GREEDY, _shape(engine)).tokens
+        return inputs.root
+    window = engine.draft.propose(state, _GREEDY, _shape(engine), inputs).window
     if transcript.call.has_eos:
-        live = transcript.unfinished.to(drafts.device)[:, None]
-        drafts = torch.where(live > 0, drafts, torch.full_like(drafts, transcript.call.pad_id))
-    return torch.cat([root, drafts], 1)
+        live = transcript.unfinished.to(window.device)[:, None] > 0
+        live = torch.cat([torch.ones_like(live), live.expand(-1, window.shape[1] - 1)], 1)  # the root is known
+        window = torch.where(live, window, torch.full_like(window, transcript.call.pad_id))
+    return window

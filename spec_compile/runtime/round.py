@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Draft, Proposal, Tree, Verified
+from spec_compile.drafts.base import Draft, Proposal, RoundInputs, Tree, Verified
 from spec_compile.ops import accept as accept_ops  # registers spec_compile::accept_greedy, …
 from spec_compile.ops import accept_tree as accept_tree_ops
+from spec_compile.ops import round_inputs as round_inputs_ops
 from spec_compile.ops import simulate as simulate_ops
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
-__all__ = ["accept_ops", "accept_tree_ops", "commit", "run_round", "simulate_ops", "verify"]
+__all__ = ["accept_ops", "accept_tree_ops", "commit", "round_inputs", "round_inputs_ops", "run_round", "simulate_ops", "verify"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,11 @@ def run_round(
         simulated_rates: float32 [B, T], benchmarks only: the probability that draft j stands if those before it do, in the
             place of the target's verdict.
     """
-    root = state.tokens.gather(1, state.cache_len[:, None].long())  # [B, 1]
-    proposal = draft.propose(state, plan, shape) if draft is not None and shape.num_steps > 0 else None
-    tree = None if proposal is None else proposal.tree
-    window = root if proposal is None else torch.cat([root, proposal.tokens], 1)  # [B, N]
-    result, states = verify(target, window, state, argmax=plan.ids_only, tree=tree)
-    accepted = _accept(window, proposal, result, state, plan, shape)
+    inputs = round_inputs(state, shape)
+    proposal = draft.propose(state, plan, shape, inputs) if draft is not None and shape.num_steps > 0 else Proposal(inputs.root)
+    window, tree = proposal.window, proposal.tree  # [B, N]
+    result, states = verify(target, window, state, inputs, argmax=plan.ids_only, tree=tree)
+    accepted = _accept(proposal, result, state, plan, shape)
     if simulated_rates is not None and shape.num_steps > 0:
         ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
         accepted = _simulate(simulated_rates, window, tree, ids, state, shape)
@@ -62,30 +62,39 @@ def run_round(
         if states is not None:  # like the cache: what belongs to the path comes to the front
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
-    commit(draft, state, accepted.emitted, accepted.accept_length, states)
+    commit(draft, state, accepted.emitted, accepted.accept_length, inputs.lens[0], states)
+
+
+def round_inputs(state: DecodeState, shape: RoundShape) -> RoundInputs:
+    """Roots, positions and lengths of a round."""
+    return RoundInputs(*torch.ops.spec_compile.round_inputs(state.tokens, state.cache_len, state.end_len, shape.num_steps + 1))
 
 
 def verify(
-    target: ModelRunner, window: Tensor, state: DecodeState, *, argmax: bool, tree: Tree | None = None
+    target: ModelRunner,
+    window: Tensor,
+    state: DecodeState,
+    inputs: RoundInputs,
+    *,
+    argmax: bool,
+    tree: Tree | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The target over windows [B, N]: logits [B, N, V] or greedy ids [B, N], and the tapped states [B, N, n * Ht]."""
     batch, num_tokens = window.shape
     program = target.window_program(batch, num_tokens, argmax=argmax, tree=tree is not None)
-    inputs = {"input_ids": window, "page_table": state.page_table, "cache_len": state.cache_len}
+    fed = {"input_ids": window, "page_table": state.page_table, "cache_len": state.cache_len}
     if tree is None:
-        inputs["position_ids"] = state.positions(state.cache_len, num_tokens)
+        fed["position_ids"] = inputs.position_ids
     else:
-        inputs |= {"position_ids": state.tree_positions(tree.depth), "tree_mask": tree.mask}
-    result, *states = program(**inputs)
+        fed |= {"position_ids": inputs.position_ids.gather(1, tree.depth.long()), "tree_mask": tree.mask}
+    result, *states = program(**fed)
     return result, states[0] if states else None
 
 
-def _accept(
-    window: Tensor, proposal: Proposal | None, result: Tensor, state: DecodeState, plan: SamplingPlan, shape: RoundShape
-) -> Accepted:
+def _accept(proposal: Proposal, result: Tensor, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Accepted:
     """What stands by the target's own law."""
     ops = torch.ops.spec_compile
-    tree = None if proposal is None else proposal.tree
+    window, tree = proposal.window, proposal.tree
     depth = None if tree is None else tree.depth
     if plan.do_sample:
         probs = plan.probabilities(plan.restrict(result, state, depth), state)
@@ -94,9 +103,7 @@ def _accept(
                 window, tree.parents, probs, state.seed, state.cache_len, shape.num_steps + 1
             )
             return Accepted(emitted, length, path)
-        emitted, length = ops.accept_sampled(
-            window, None if proposal is None else proposal.probs, probs, state.seed, state.cache_len
-        )
+        emitted, length = ops.accept_sampled(window, proposal.probs, probs, state.seed, state.cache_len)
         return Accepted(emitted, length, None)
     ids = result if plan.ids_only else plan.restrict(result, state, depth).argmax(-1)
     if tree is not None:
@@ -114,9 +121,15 @@ def _simulate(rates: Tensor, window: Tensor, tree: Tree | None, ids: Tensor, sta
     return Accepted(emitted, length, None if tree is None else path)
 
 
-def commit(draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor, states: Tensor | None) -> None:
-    """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``."""
-    start = state.cache_len.clone() if states is not None else state.cache_len
+def commit(
+    draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor, start: Tensor, states: Tensor | None
+) -> None:
+    """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``.
+
+    Args:
+        start: int32 [B], a copy of ``cache_len``.
+        states: see ``Verified``.
+    """
     count = torch.ops.spec_compile.commit_tokens(
         state.tokens, state.cache_len, state.finished, emitted, accept_length, state.end_len, state.eos_ids
     )

@@ -90,11 +90,6 @@ class DecodeState:
         offsets = torch.arange(num_tokens, dtype=torch.int32, device=cache_len.device)
         return torch.minimum(cache_len[:, None] + offsets, last).long()
 
-    def tree_positions(self, depth: Tensor) -> Tensor:
-        """``positions`` of tree tokens: ``depth`` int32 [B, N] behind ``cache_len`` -> int64 [B, N]."""
-        last = (self.end_len - 1).clamp(min=0)[:, None]  # [B, 1]
-        return torch.minimum(self.cache_len[:, None] + depth, last).long()
-
     def rows(self, count: int) -> DecodeState:
         """The first ``count`` rows: views, so a graph of a smaller bucket works on the same memory."""
         views = {
