@@ -4,8 +4,8 @@ The order, from the surest sign to the weakest:
 
 1. ``speculators_model_type`` in the config.
 2. ``architectures`` in the config.
-3. Tensor names: ``d2t`` or ``midlayer.*`` is EAGLE-3; ``fc`` without a final norm is EAGLE-1/2 (official repositories call both
-   ``LlamaForCausalLM``).
+3. Tensor names: ``fc`` with a ``hidden_norm`` beside it is DFlash; ``d2t`` or ``midlayer.*`` is EAGLE-3; ``fc`` without a final
+   norm is EAGLE-1/2 (official repositories call both ``LlamaForCausalLM``).
 4. None of these: not a draft head, but perhaps a causal LM.
 """
 
@@ -19,6 +19,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.dflash_checkpoint import read_dflash, read_dflash_speculators
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_checkpoint, read_config, tensor_names
 from spec_compile.hf_integration.eagle import read_eagle
@@ -27,20 +28,22 @@ from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculato
 
 Reader = Callable[[DraftCheckpoint, PreTrainedModel], DraftHead]
 
-_SPECULATORS: dict[str, Reader] = {"eagle3": read_eagle3_speculators}
+_SPECULATORS: dict[str, Reader] = {"eagle3": read_eagle3_speculators, "dflash": read_dflash_speculators}
 _ARCHITECTURES: dict[str, Reader] = {
     "LlamaForCausalLMEagle3": read_eagle3_safeailab,
     "Eagle3LlamaForCausalLM": read_eagle3_safeailab,
     "LlamaForCausalLMEagle": read_eagle,
     "Qwen2ForCausalLMEagle": read_eagle,
     "EagleLlamaForCausalLM": read_eagle,
+    "DFlashDraftModel": read_dflash,
+    "MuseGlimmerAssistantModel": read_dflash,
 }
 # Draft models of other kinds: known by name, so that nobody waits for a causal LM of that name to load.
 _NOT_READ = (
     "Eagle3DeepseekV2ForCausalLM", "PEagleDraftModel", "PEagleSpeculator", "DSparkDraftModel", "DSparkSpeculator",
     "EagleSpeculator", "MLPSpeculatorPreTrainedModel", "Gemma4AssistantForCausalLM",
 )  # fmt: skip
-_READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators)"
+_READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers)"
 
 
 def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHead | None:
@@ -83,9 +86,11 @@ def _reader_by_config(name: str, config: Mapping[str, object]) -> Reader | None:
 
 
 def _reader_by_names(names: set[str]) -> Reader | None:
+    names = {name.removeprefix("model.") for name in names}
+    if {"fc.weight", "hidden_norm.weight"} <= names:
+        return read_dflash
     if "d2t" in names or any(name.startswith("midlayer.") for name in names):
         return read_eagle3_safeailab
-    names = {name.removeprefix("model.") for name in names}
     if "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names and "norm.weight" not in names:
         return read_eagle
     if any(name.split(".")[1:] == ["0", "linear", "weight"] for name in names):
@@ -95,7 +100,7 @@ def _reader_by_names(names: set[str]) -> Reader | None:
 
 def _may_be_head(config: Mapping[str, object]) -> bool:
     """Whether an ordinary config can be that of a head: heads have one layer or say more than a causal LM does."""
-    hints = ("draft_vocab_size", "eagle_config", "target_hidden_size")
+    hints = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_config")
     return config.get("num_hidden_layers") == 1 or any(hint in config for hint in hints)
 
 

@@ -23,10 +23,11 @@ from spec_compile.errors import DraftError
 class DraftHead(PreTrainedModel):
     """Base class of draft heads.
 
-    Entry i of a head's cache is made of the embedding of token i + 1 and the target's state of token i, at rotary position i.
+    Entry i of an EAGLE head's cache is made of the embedding of token i + 1 and the target's state of token i, at rotary
+    position i.
 
     Attributes:
-        kind: ``"eagle3"``, ``"eagle"``, …
+        kind: ``"eagle3"``, ``"eagle"``, ``"dflash"``
         taps: the target's hidden states it reads, as transformers numbers them: i is the state that enters layer i, the number
             of layers is the state after the final norm.
         target_width: features of the concatenated taps, ``len(taps) * Ht``.
@@ -145,6 +146,25 @@ def like_target(target: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def layer_sizes_like(target: PreTrainedModel) -> dict[str, object]:
+    """Config arguments of decoder layers of the target's sizes, with plain rotary embeddings of the target's base."""
+    text = target.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    theta = (getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    return {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "pad_token_id": None,
+    }
 
 
 def causal_masks(

@@ -23,12 +23,15 @@ from spec_compile.hf_integration.draft_head import DraftHead
 # What checkpoints carry besides a head's own parameters: the other half of the vocabulary map (checked by vocabulary()),
 # copies of the target's that speculators trains with, and rotary frequencies, which follow from the config.
 _BESIDES = re.compile(r"d2t|t2d|verifier_(norm|lm_head)\.weight|(.*\.)?rotary_emb\.inv_freq")
-# SafeAILab and SpecForge call the first layer midlayer; SGLang's names for the norms before fc are older than fc_norm.
+# SafeAILab and SpecForge call the first layer midlayer; SGLang's names for the norms before fc are older than fc_norm;
+# transformers keeps a DFlash head's projection in an encoder.
 _RENAMED = {
     "midlayer.": "layers.0.",
     "aux_norm_low.": "fc_norm.0.",
     "aux_norm_mid.": "fc_norm.1.",
     "aux_norm_high.": "fc_norm.2.",
+    "encoder.fc.": "fc.",
+    "encoder.output_norm_enc.": "hidden_norm.",
 }
 _LAYER_SIZES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target, randomise
+from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, layer_sizes_like, like_target, randomise
 
 
 @dataclass(frozen=True)
@@ -188,22 +188,9 @@ def random_eagle3_head(
         options: fields of ``Eagle3Options``.
     """
     text = target.config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    theta = (getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    sizes = {
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "max_position_embeddings": text.max_position_embeddings,
-        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
-        "rope_parameters": rope_parameters or {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": attention_bias,
-        "pad_token_id": None,
-    }
+    sizes = layer_sizes_like(target) | {"num_hidden_layers": num_hidden_layers, "attention_bias": attention_bias}
+    if rope_parameters is not None:
+        sizes["rope_parameters"] = rope_parameters
     if draft_ids is None and draft_vocab_size is not None:
         drawn = torch.randperm(text.vocab_size, generator=torch.Generator().manual_seed(seed))
         draft_ids = drawn[:draft_vocab_size].sort().values

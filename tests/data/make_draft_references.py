@@ -1,12 +1,12 @@
 """Logits of the published draft modules on small random weights: writes the files tests/test_draft_*.py compare with.
 
 The modules run as their authors wrote them (versions in README.md): this script only makes weights, feeds them and keeps what
-comes out. Every case sees the same text: T tokens with the target's states (prefill), then two draft steps fed with its
+comes out. Every EAGLE case sees the same text: T tokens with the target's states (prefill), then two draft steps fed with its
 own output: a case holds the logits [1, T, Vd], [1, 1, Vd], [1, 1, Vd].
 
-    PYTHONPATH=<clone of SafeAILab/EAGLE>:<clone of sgl-project/SpecForge> python make_draft_references.py
+    PYTHONPATH=<SafeAILab/EAGLE>:<sgl-project/SpecForge>:<z-lab/dflash> python make_draft_references.py
 
-needs ``pip install speculators`` besides.
+needs clones of the three and ``pip install speculators``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, Qwen3Config
+from transformers import DynamicCache, LlamaConfig, Qwen3Config
 
 HERE = Path(__file__).parent
-H, HT_WIDE, INTER, HEADS, KV_HEADS, V, VD, T, EPS = 32, 48, 48, 4, 2, 64, 24, 10, 1e-5
+H, HT_WIDE, INTER, HEADS, KV_HEADS, V, VD, T, BLOCK, EPS = 32, 48, 48, 4, 2, 64, 24, 10, 4, 1e-5
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -176,6 +176,97 @@ def eagle1_weights() -> dict[str, Tensor]:
     return weights
 
 
+def dflash_weights() -> dict[str, Tensor]:
+    shapes = layer_weights("layers.0", H) | layer_weights("layers.1", H)
+    shapes = {name: shape for name, shape in shapes.items() if "bias" not in name and "hidden_norm" not in name}
+    shapes |= {"fc.weight": (H, 2 * H), "hidden_norm.weight": (H,), "norm.weight": (H,), "lm_head.weight": (VD, H)}
+    shapes |= {"embed_tokens.weight": (V, H), "target_lm_head.weight": (V, H), "states": (1, T + 2, 2 * H)}
+    weights = draw(shapes, seed=7)
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.randperm(V, generator=generator)[:VD].sort().values
+    weights["d2t"] = ids - torch.arange(VD)
+    weights["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill(0, ids, True)
+    weights["input_ids"] = torch.randint(0, V - 1, (1, T + 3), generator=generator)
+    return weights
+
+
+def dflash_blocks(weights: dict[str, Tensor], forward: Callable[..., Tensor]) -> list[Tensor]:
+    """A block behind T tokens, then, two tokens later, a block behind T + 2: every slot's logits."""
+    outs, states, ids = [], weights["states"], weights["input_ids"]
+    for first, last in ((0, T), (T, T + 2)):
+        block = torch.full((1, BLOCK), V - 1)
+        block[:, 0] = ids[:, last]
+        embeds = weights["embed_tokens.weight"][block]
+        outs.append(forward(states[:, first:last], embeds, torch.arange(first, last + BLOCK)[None], last))
+    return [out @ weights["target_lm_head.weight"].T for out in outs]
+
+
+def dflash_config(**more: object) -> Qwen3Config:
+    sizes = {**BASE, "num_hidden_layers": 2, "head_dim": H // HEADS, "num_target_layers": 8, "block_size": BLOCK}
+    sizes |= {"dflash_config": {"mask_token_id": V - 1, "target_layer_ids": [1, 5]}, "pad_token_id": None}
+    config = Qwen3Config(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **more)
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def zlab_dflash(weights: dict[str, Tensor]) -> list[Tensor]:
+    from dflash.model import DFlashDraftModel
+
+    model, cache = load(DFlashDraftModel(dflash_config()), weights, {}), DynamicCache()
+
+    def forward(states: Tensor, embeds: Tensor, positions: Tensor, length: int) -> Tensor:
+        out = model(positions, None, embeds, states, cache, True, is_causal=False)
+        cache.crop(-BLOCK)
+        return out
+
+    return dflash_blocks(weights, forward)
+
+
+def transformers_dflash(weights: dict[str, Tensor]) -> list[Tensor]:
+    from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
+
+    sizes = {name: value for name, value in BASE.items() if name != "vocab_size"}
+    sizes |= {"num_hidden_layers": 2, "head_dim": H // HEADS, "layer_types": ["full_attention"] * 2, "pad_token_id": None}
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = MuseGlimmerAssistantConfig(
+        **sizes, rope_parameters=rope, target_layer_ids=[1, 5], block_size=BLOCK, mask_token_id=V - 1
+    )
+    renames = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
+    model = load(MuseGlimmerAssistantModel(config), weights, renames)
+    seen: list[Tensor] = []
+
+    def forward(states: Tensor, embeds: Tensor, positions: Tensor, length: int) -> Tensor:
+        seen.append(states)  # without a cache: the whole context each time
+        everything = torch.arange(length + BLOCK)[None]
+        return model(embeds, torch.cat(seen, 1), position_ids=everything, use_cache=False).last_hidden_state
+
+    return dflash_blocks(weights, forward)
+
+
+def speculators_dflash(weights: dict[str, Tensor]) -> list[Tensor]:
+    """speculators' training forward; its anchors, drawn at random there, are set to the two blocks of the other cases."""
+    import speculators.models.dflash.core as core
+
+    config = core.DFlashSpeculatorConfig(
+        transformer_layer_config=dflash_config(),
+        draft_vocab_size=VD,
+        block_size=BLOCK,
+        aux_hidden_state_layer_ids=[2, 6],
+        mask_token_id=V - 1,
+    )
+    config.transformer_layer_config._attn_implementation = "eager"
+    anchors = torch.tensor([T, T + 2])
+    core.select_anchors = lambda loss_mask, max_anchors, block_size: (anchors, torch.ones(2, dtype=torch.bool))
+    model = load(core.DFlashDraftModel(config), weights, {})
+    length = T + 3 + BLOCK
+    ids = torch.cat([weights["input_ids"], torch.zeros(1, BLOCK, dtype=torch.int64)], 1)
+    states = torch.cat([weights["states"], torch.zeros(1, BLOCK + 1, 2 * H)], 1)
+    _, logits, *_ = model._backbone_forward(
+        states, ids, torch.ones(1, length), torch.zeros(1, length, H), torch.zeros(1, length, dtype=torch.int64), max_anchors=2
+    )
+    return list(logits.split(BLOCK, 1))
+
+
 def write(name: str, weights: dict[str, Tensor], cases: dict[str, list[Tensor]]) -> None:
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     for case, outs in cases.items():
@@ -212,6 +303,13 @@ def main() -> None:
     weights = eagle1_weights()
     cases = {"fc_bias": safeailab_eagle1(weights), "no_fc_bias": safeailab_eagle1(weights, bias=False)}
     write("draft_eagle.safetensors", weights, cases)
+    weights = dflash_weights()
+    cases = {
+        "zlab": zlab_dflash(weights),
+        "transformers": transformers_dflash(weights),
+        "speculators": speculators_dflash(weights),
+    }
+    write("draft_dflash.safetensors", weights, cases)
 
 
 if __name__ == "__main__":
