@@ -44,7 +44,7 @@ def attach_ours(model: nn.Module, system: System, draft: nn.Module | None, args:
     if system.draft is not None:
         options |= {"num_steps": system.steps, "simulate_accept_length": system.simulate}
     config = SpecConfig(**options | args.config)
-    return spec_compile(model, draft=draft if system.draft == "model" else system.draft, backend=args.backend, config=config)
+    return spec_compile(model, draft=system.draft if draft is None else draft, backend=args.backend, config=config)
 
 
 def our_stats(model: nn.Module) -> dict[str, Any]:
@@ -199,38 +199,42 @@ def measure_idle(runner: Runner, inputs: dict[str, Tensor], cell: dict[str, Any]
 # A whole run
 
 
-def build(args: argparse.Namespace, systems: list[System]) -> tuple[nn.Module, nn.Module | None, dict[str, Tensor]]:
+def build(args: argparse.Namespace, systems: list[System]) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Tensor]]:
+    """The target, the draft modules that systems name (a "model", an "eagle" head), and prompts."""
     dtype, draft_shape = getattr(torch, args.dtype), shapes.SHAPES[args.shape].draft
     model = shapes.build_random(args.shape, dtype, args.device)
-    wanted = draft_shape is not None and any(s.draft == "model" for s in systems)
-    draft = shapes.build_random(draft_shape, dtype, args.device, seed=1) if wanted else None
+    wanted, drafts = {system.draft for system in systems}, {}
+    if "model" in wanted and draft_shape is not None:
+        drafts["model"] = shapes.build_random(draft_shape, dtype, args.device, seed=1)
+    if "eagle" in wanted:
+        drafts["eagle"] = shapes.random_head(model)
     prompts = shapes.random_prompts(model.config.vocab_size, max(args.batch), args.prompt_len, args.device)
-    return model, draft, prompts
+    return model, drafts, prompts
 
 
 def run_cells(args: argparse.Namespace, result: dict[str, Any]) -> None:
     systems = [s for s in SYSTEMS.values() if s.name in args.systems]
-    model, draft, prompts = build(args, systems)
+    model, drafts, prompts = build(args, systems)
     result["meta"]["attention"] = model.config._attn_implementation
     middle = args.prompt_len + args.new_tokens * 5 / 8  # of what the difference of n2 and n1 = n2 / 4 times
     pairs = [(s, b) for s in systems for b in args.batch]
     if not args.no_floor:
         try:
-            result["floor"] = shapes.measure_floor(model, draft, pairs, middle, args.device)
+            result["floor"] = shapes.measure_floor(model, drafts, pairs, middle, args.device)
         except Exception as error:
             result["floor_error"] = report.describe(error)
     cells = {s.name: {b: report.new_cell(s, b, result.get("floor")) for b in args.batch} for s in systems}
     result["cells"] = [cell for of_system in cells.values() for cell in of_system.values()]
     report.save(result, args.json)
     outputs: dict[tuple[str, int], Tensor] = {}
-    weights = sum(shapes.parameter_bytes(m) for m in (model, draft) if m is not None)
+    weights = shapes.distinct_bytes([model, *drafts.values()])
     for system in systems:
         pending = {b: cell for b, cell in cells[system.name].items() if cell["status"] == "pending"}
         shapes.reset_peaks()
         try:
             with ExitStack() as stack:
                 with shapes.time_limit(2 * args.cell_budget):
-                    runner = stack.enter_context(attached(system, model, draft, args))
+                    runner = stack.enter_context(attached(system, model, drafts.get(system.draft), args))
                 for batch, cell in pending.items():
                     inputs = {name: rows[:batch].contiguous() for name, rows in prompts.items()}
                     if not system.ours:
@@ -240,7 +244,7 @@ def run_cells(args: argparse.Namespace, result: dict[str, Any]) -> None:
                             outputs[system.name, batch] = measure(runner, inputs, args, cell).cpu()
                     except Exception as error:
                         report.fail(cell, error)
-                    used = [m for m in (model, draft if system.draft == "model" else None) if m is not None]
+                    used = [model] + ([drafts[system.draft]] if system.draft in drafts else [])
                     per_token = sum(map(shapes.kv_bytes_per_token, used))
                     report.memory_beyond(cell, weights, batch * (args.prompt_len + args.new_tokens) * per_token)
                     report.save(result, args.json)
@@ -259,10 +263,10 @@ def run_cells(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def start_child(args: argparse.Namespace) -> None:
     system, arrivals = SYSTEMS[args.start_child], shapes.Arrivals()
-    model, draft, prompts = build(args, [system])
+    model, drafts, prompts = build(args, [system])
     shapes.sync(args.device)
     begin = time.perf_counter()
-    with attached(system, model, draft, args) as runner:
+    with attached(system, model, drafts.get(system.draft), args) as runner:
         runner({name: rows[:1].contiguous() for name, rows in prompts.items()}, 16, streamer=arrivals)
         shapes.sync(args.device)
         figures: dict[str, Any] = {"tokens_s": time.perf_counter() - begin, "first_token_s": arrivals.times[1] - begin}

