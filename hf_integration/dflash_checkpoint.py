@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.dflash import DFlashHead, default_dflash_taps
 from spec_compile.hf_integration.draft_head import like_target
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
+from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers, fill, layer_config, vocabulary
 from spec_compile.hf_integration.eagle3 import default_taps
 
 _TRANSFORMERS = "muse_glimmer_assistant"
@@ -62,6 +62,7 @@ def _build(
     for name in ("block_size", "mask_token_id"):
         if not isinstance(settings.get(name), int):
             raise DraftError(f"draft={checkpoint.where!r}: a DFlash head whose config has no {name}.")
+    check_layers(checkpoint, {**sizes, "model_type": "qwen3"})  # all three build Qwen3's layers, whatever the config calls them
     config = layer_config(checkpoint, sizes, target)
     draft_ids, owned = vocabulary(checkpoint, target)
     first_slot = 0 if settings.get("sample_from_anchor") else 1

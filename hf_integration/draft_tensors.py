@@ -158,6 +158,33 @@ def layer_config(
         raise DraftError(f"draft={checkpoint.where!r}: its config describes no decoder layer: {error}") from error
 
 
+def check_layers(checkpoint: DraftCheckpoint, sizes: Mapping[str, object]) -> None:
+    """Compare what the names say of the layers with a config that describes them exactly (speculators', z-lab's).
+
+    SafeAILab's and SpecForge's do not: their modules build one layer without biases whatever the config says.
+
+    Raises:
+        DraftError: they disagree.
+    """
+    names = checkpoint.tensors
+    biases = [f"layers.0.self_attn.{part}_proj.bias" in names for part in "qkvo"]
+    found = {
+        "num_hidden_layers": checkpoint.num_layers(),
+        "attention_bias": all(biases) if any(biases) == all(biases) else "of some projections",
+        "norms on queries and keys": "layers.0.self_attn.q_norm.weight" in names,
+    }
+    said = {
+        "num_hidden_layers": sizes.get("num_hidden_layers", found["num_hidden_layers"]),
+        "attention_bias": bool(sizes.get("attention_bias")),
+        "norms on queries and keys": sizes.get("model_type", "qwen3") == "qwen3",
+    }
+    differ = [
+        f"{what} is {found[what]} by its tensors and {said[what]} by its config" for what in found if found[what] != said[what]
+    ]
+    if differ:
+        raise DraftError(f"draft={checkpoint.where!r}: {'; '.join(differ)}.")
+
+
 def vocabulary(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> tuple[Tensor | None, tuple[str, ...]]:
     """The draft vocabulary and the modules that are the head's own.
 
@@ -193,6 +220,8 @@ def vocabulary(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> tuple[Te
         return None, owned
     d2t = tensors["d2t"].to(torch.int64)
     draft_ids = torch.arange(len(d2t)) + d2t  # offsets, not ids
+    if len(draft_ids) == vocab_size and not d2t.any():  # some exports leave t2d empty then
+        return None, owned
     if len(draft_ids.unique()) != len(draft_ids):
         raise DraftError(
             f"draft={where!r}: d2t maps two draft ids to one target id; it must hold offsets (target id - draft id)."
@@ -202,8 +231,6 @@ def vocabulary(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> tuple[Te
         inside = draft_ids[(draft_ids >= 0) & (draft_ids < len(t2d))]
         if len(inside) != len(draft_ids) or int(t2d.sum()) != len(draft_ids) or not bool(t2d[draft_ids].all()):
             raise DraftError(f"draft={where!r}: d2t and t2d name different draft vocabularies.")
-    if len(draft_ids) == vocab_size and not d2t.any():
-        return None, owned
     return draft_ids.to(shared["embed_tokens"].weight.device), owned
 
 

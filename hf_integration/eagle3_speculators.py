@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint
+from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers
 from spec_compile.hf_integration.eagle3 import Eagle3Head, default_taps
 from spec_compile.hf_integration.eagle3_safeailab import build_eagle3
 
@@ -33,6 +33,7 @@ def read_eagle3_speculators(checkpoint: DraftCheckpoint, target: PreTrainedModel
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, Mapping):
         raise DraftError(f"draft={checkpoint.where!r}: a speculators config without transformer_layer_config.")
+    check_layers(checkpoint, layer)
     flags = {name: bool(config.get(name)) for name in _FLAGS}
     return build_eagle3(checkpoint, layer, target, speculators_taps(config, target), flags)
 

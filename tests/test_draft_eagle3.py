@@ -158,11 +158,6 @@ FLIPS: dict[str, tuple[str, Callable[[dict, dict], object]]] = {
         "specforge_fc_norm",
         lambda config, tensors: [tensors.pop(f"fc_norm.{i}.weight") for i in range(3)],
     ),
-    "second layer lost": (
-        "speculators_two_layers",
-        lambda config, tensors: [tensors.pop(n) for n in list(tensors) if ".1." in n],
-    ),
-    "query norm lost": ("speculators_qwen3", lambda config, tensors: tensors.pop("layers.0.self_attn.q_norm.weight")),
     "window ignored": (
         "speculators_qwen3_sliding",
         lambda config, tensors: config[_LAYER].update(layer_types=["full_attention"], use_sliding_window=False),
@@ -170,11 +165,6 @@ FLIPS: dict[str, tuple[str, Callable[[dict, dict], object]]] = {
     "rope base": ("specforge", lambda config, tensors: config.update(rope_theta=10000.0)),
     "llama3 rope lost": ("specforge_llama3", lambda config, tensors: config.update(rope_scaling=None)),
     "yarn rope lost": ("specforge_yarn", lambda config, tensors: config.update(rope_scaling=None)),
-    "bias lost": (
-        "speculators_attention_bias",
-        lambda config, tensors: [tensors.pop(f"layers.0.self_attn.{n}_proj.bias") for n in "qkvo"],
-    ),
-    "output bias lost": ("speculators_attention_bias", lambda config, tensors: tensors.pop("layers.0.self_attn.o_proj.bias")),
     "epsilon": ("safeailab", lambda config, tensors: config.update(rms_norm_eps=0.1)),
     "embedding of its own ignored": (
         "speculators",
@@ -194,6 +184,25 @@ def test_a_flipped_flag_is_seen(flip: str, tmp_path: Path):
         assert str(tmp_path) in str(error) or "exclude" in str(error)
     else:
         assert largest_difference(got, expected(WEIGHTS, case)) > 50 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "lost", "text"),
+    [
+        ("speculators_two_layers", "layers.1.*", "num_hidden_layers is 1 by its tensors and 2 by its config"),
+        ("speculators_attention_bias", ".*proj.bias", "attention_bias is False by its tensors and True by its config"),
+        ("speculators_attention_bias", ".*o_proj.bias", "attention_bias is of some projections by its tensors and True"),
+        ("speculators_qwen3", ".*[qk]_norm.weight", "norms on queries and keys is False by its tensors and True by its config"),
+        ("speculators_qwen3", ".*q_norm.weight", "norms on queries and keys is False"),
+        ("speculators_qwen3", ".*k_norm.weight", "missing: layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_what_shows_in_the_names_must_be_what_the_config_says(case: str, lost: str, text: str, tmp_path: Path):
+    config, tensors = CASES[case]()
+    kept = {name: value for name, value in tensors.items() if not re.fullmatch(lost, name)}
+    assert len(kept) < len(tensors)
+    with pytest.raises(DraftError, match=text):
+        logits(tmp_path, config, kept)
 
 
 @pytest.mark.parametrize(
