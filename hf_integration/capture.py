@@ -111,7 +111,8 @@ def _causal_lm(model: PreTrainedModel, taps: tuple[int, ...], states: dict[int, 
 
     def forward(context: CaptureContext, input_ids, position_ids):
         out = model(input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True)
-        return (out.logits, *(states[tap] for tap in taps))
+        # A graph puts no tensor out twice; small targets have heads that read one state in two places.
+        return (out.logits, *(states[tap].clone() if tap in taps[:i] else states[tap] for i, tap in enumerate(taps)))
 
     return forward
 
