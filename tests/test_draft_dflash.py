@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from draft_files import HIDDEN, LAYERS, VOCAB, expected, largest_difference, reference, target_for, write
+from paged_heads import paged
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
@@ -16,6 +17,7 @@ from spec_compile.errors import DraftError
 from spec_compile.hf_integration.attention_interface import capture_context
 from spec_compile.hf_integration.dflash import DFlashHead, default_dflash_taps, random_dflash_head
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.ops.kv_cache import kv_write
 
 WEIGHTS = reference("draft_dflash.safetensors")
 BLOCK, TOLERANCE = 4, 1e-5
@@ -162,6 +164,24 @@ def test_told_by_its_tensors(tmp_path: Path):
     config, tensors = zlab(architectures=["Qwen3ForCausalLM"])
     head = load_draft_head(write(tmp_path, config, tensors), target_for(WEIGHTS))
     assert largest_difference(block_logits(head), expected(WEIGHTS, "zlab")) < TOLERANCE
+
+
+def test_the_context_in_pages_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Context keys and values through kv_write, a block through the attention op with a tree mask of ones."""
+    head = load_draft_head(write(tmp_path, *zlab()), target_for(WEIGHTS))
+    ids, states = WEIGHTS["input_ids"], WEIGHTS["states"]
+    everything = torch.full((1, BLOCK, 1), (1 << BLOCK) - 1, dtype=torch.int32)
+    op, outs = torch.ops.spec_compile.attention, []
+    monkeypatch.setattr(torch.ops.spec_compile, "attention", lambda *args: op(*args[:7], everything, *args[8:]))
+    with torch.no_grad(), paged(head, batch=1, capacity=24) as context:
+        for first, last in ((0, 10), (10, 12)):
+            pairs = head.context_kv(head.project(states[:, first:last]), torch.arange(first, last)[None])
+            for layer, (keys, values) in enumerate(pairs):
+                caches = [context.slots[layer, part] for part in "kv"]
+                kv_write(keys, values, *caches, context.page_table, context.cache_len)
+            context.cache_len = torch.tensor([last], dtype=torch.int32)
+            outs.append(head.logits(head(head.block(ids[:, last]), torch.arange(last, last + BLOCK)[None], context.cache)))
+    assert largest_difference(outs, expected(WEIGHTS, "zlab")) < TOLERANCE
 
 
 def test_a_block_is_captured_with_one_attention_op_a_layer():
