@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import round_cells
 import round_plots
 import round_report
 import shapes
@@ -245,7 +246,12 @@ class Run:
         shapes.reset_peaks()
         print(f"built after {self.result['build_seconds']:.0f} s", file=sys.stderr, flush=True)
         full = Stage(CHAIN if CHAIN in self.args.shapes else self.args.shapes[0], min(self.args.contexts), ())
-        last = max(n for n, stage in enumerate(self.stages) if (stage.rounds, stage.context) == (full.rounds, full.context))
+        budgets = round_cells.BUDGETS.get(self.args.shape, {})
+        last = max(  # of the stages that come before it
+            number
+            for number, stage in enumerate(self.stages)
+            if (stage.rounds, stage.context) == (full.rounds, full.context) or any(cell in budgets for cell in stage.cells)
+        )
         for number, stage in enumerate(self.stages):
             if time.monotonic() > self.deadline:
                 break
@@ -271,7 +277,7 @@ class Run:
             begin = time.perf_counter()
             try:
                 with shapes.time_limit(self.args.cell_budget):
-                    row |= measure(engine, cell, self.args, round_report.budget(self.args.shape, cell) is not None)
+                    row |= measure(engine, cell, self.args, cell in round_cells.BUDGETS.get(self.args.shape, {}))
                     row["status"] = "ok"
                     if self.hardware_is_cuda:
                         row["memory"] = memory(engine, bench.weights)

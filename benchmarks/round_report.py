@@ -16,10 +16,6 @@ def cell_of(row: Row) -> Cell:
     return Cell(parse_rounds(row["rounds"]), row["batch"], row["context"])
 
 
-def budget(shape: str, cell: Cell) -> float | None:
-    return round_cells.BUDGETS.get(shape, {}).get(cell)
-
-
 def published(result: dict[str, Any], cell: Cell) -> tuple[float, float | None] | None:
     """The other engine's figures, only beside the same shape, type and GPU kind."""
     args, other = result["args"], report.PUBLISHED
