@@ -31,10 +31,10 @@ def _walk(
     batch = window_ids.shape[0]
     node = torch.zeros(batch, dtype=torch.int64, device=window_ids.device)
     token = choose(node, 0)
-    emitted, path, alive = [token], [node], torch.ones_like(node, dtype=torch.bool)
+    emitted, path = [token], [node]
     for depth in range(1, max_accept):
         hits = (parents == node[:, None]) & (window_ids == token[:, None])  # [B, N]
-        alive = alive & hits.any(1)
+        alive = hits.any(1)  # never again: a row that has stopped asks the same once more
         node = torch.where(alive, hits.int().argmax(1), node)  # argmax takes the first
         token = torch.where(alive, choose(node, depth), token)
         emitted.append(token)
