@@ -17,12 +17,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.drafts.base import Draft, Proposal, RoundInputs
+from spec_compile.drafts.base import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.drafts.causal_lm import CausalLMDraft
+from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.round import run_round
@@ -31,6 +35,7 @@ from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
 # Builds of torch without CUDA cannot even pretend to have one; there the meta device stands in for the GPU.
 DEVICE = torch.device("cuda" if torch.backends.cuda.is_built() else "meta")
 ROWS, NUM_STEPS, CAPACITY = 2, 3, 128
+TREE = RoundShape(NUM_STEPS, 3, 8)
 CPU = Hardware("cpu", "cpu", 1, "CPU")
 
 
@@ -60,30 +65,53 @@ class NothingIsUploaded(TorchFunctionMode):
 
 
 class FakeRounds:
-    """A target and a causal-LM draft captured once, their weights and caches replaced by fakes on ``DEVICE``."""
+    """A target with the drafts that have a model, captured once, weights and caches replaced by fakes on ``DEVICE``."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         self._fakes: dict[int, Tensor] = {}
-        self.target, draft = self._runner("verify"), self._runner("draft")
+        model = tiny_model("llama", num_hidden_layers=1)
+        head = random_eagle3_head(model, draft_vocab_size=64)
+        self.target, draft = self._runner(model, "verify"), self._runner(tiny_model("llama", num_hidden_layers=1), "draft")
+        self.tapped = self._runner(model, "verify", taps=head.taps)
+        heads = self._runner(head, "draft", HeadRunner)
         for argmax in (True, False):
             for num_tokens in (NUM_STEPS + 1, 1):
                 self.target.window_program(ROWS, num_tokens, argmax=argmax)
+                self.tapped.window_program(ROWS, num_tokens, argmax=argmax)
+            self.tapped.window_program(ROWS, TREE.num_draft_tokens, argmax=argmax, tree=True)
             for num_tokens, stage in ((2, "draft_extend"), (1, "draft")):
                 draft.window_program(ROWS, num_tokens, argmax=argmax, stage=stage)
-        for runner in (self.target, draft):
-            for program in runner._programs.values():
-                program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
-                _move(program.gm)
-        self.causal_lm = CausalLMDraft(draft, chain(NUM_STEPS), 96)
+        self.drafts = {
+            "none": None,
+            "ngram": NgramDraft(chain(NUM_STEPS), 1, 3),
+            "causal_lm": CausalLMDraft(draft, chain(NUM_STEPS), 96),
+        }
+        for kind, shape in (("eagle chain", chain(NUM_STEPS)), ("eagle tree", TREE)):
+            eagle = self.drafts[kind] = EagleDraft(heads, head, shape, 96)
+            eagle.reserve(ROWS, CAPACITY)
+            eagle.prepare(ROWS, SamplingPlan(), shape)
+            for name in ("level_logits", "level_states", "pending", "pending_count"):
+                setattr(eagle, name, self._fake(getattr(eagle, name)))
+        heads.extend_program(ROWS, MOST_PENDING)
+        for runner in (self.target, self.tapped, draft, heads):
+            self._to_device(runner)
+        head.draft_ids = self._fake(head.draft_ids)
 
-    def _runner(self, stage: str) -> ModelRunner:
-        model = tiny_model("llama", num_hidden_layers=1)
-        runner = ModelRunner(
-            model, stage=stage, hardware=CPU, backend="auto", compiler=SegmentCompiler("none", CPU), page_size=64
+    @staticmethod
+    def _runner(model: PreTrainedModel, stage: str, kind: type[ModelRunner] = ModelRunner, **options: object) -> ModelRunner:
+        runner = kind(
+            model, stage=stage, hardware=CPU, backend="auto", compiler=SegmentCompiler("none", CPU), page_size=64, **options
         )
         runner.reserve(ROWS, CAPACITY)
         return runner
+
+    def _to_device(self, runner: ModelRunner) -> None:
+        for program in runner._programs.values():
+            program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
+            _move(program.gm)
+        caches = runner.pool.caches
+        caches.update({key: self._fake(cache) for key, cache in caches.items()})
 
     def _fake(self, tensor: Tensor) -> Tensor:
         """The same fake for the same memory: a cache that two programs share stays one."""
@@ -93,13 +121,15 @@ class FakeRounds:
                 self._fakes[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
         return self._fakes[key]
 
-    def run(self, draft: Draft | None, plan: SamplingPlan, *, simulate: bool = False) -> DecodeState:
-        """One round over a fake state; returns it."""
+    def run(self, draft: Draft | str | None, plan: SamplingPlan, *, simulate: bool = False) -> DecodeState:
+        """One round over a fake state; returns it. ``draft``: one of ``drafts`` by name, or any other."""
+        draft = self.drafts[draft] if isinstance(draft, str) else draft
+        target = self.tapped if draft is not None and draft.taps else self.target
         with torch.no_grad(), self.mode:
             rates = torch.empty(ROWS, NUM_STEPS, device=DEVICE) if simulate else None
             state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE)
             with NothingCrosses(), NothingIsUploaded():
-                run_round(self.target, draft, state, plan, chain(0 if draft is None else NUM_STEPS), simulated_rates=rates)
+                run_round(target, draft, state, plan, chain(0) if draft is None else draft.shape, simulated_rates=rates)
         return state
 
 
@@ -122,10 +152,6 @@ def rounds() -> FakeRounds:
     return FakeRounds()
 
 
-def make(rounds: FakeRounds, kind: str) -> Draft | None:
-    return {"none": None, "ngram": NgramDraft(chain(NUM_STEPS), 1, 3), "causal_lm": rounds.causal_lm}[kind]
-
-
 PLANS = {
     "greedy": SamplingPlan(),
     "greedy, min_len": SamplingPlan(use_min_len=True),
@@ -139,14 +165,25 @@ ON_DEVICE = f"fake {DEVICE.type}"
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=[f"{ON_DEVICE}, {name}" for name in PLANS])
-@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm"])
+@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm", "eagle chain", "eagle tree"])
 def test_a_round_never_waits_for_the_device(rounds: FakeRounds, kind: str, plan: SamplingPlan):
-    state = rounds.run(make(rounds, kind), plan)
+    state = rounds.run(kind, plan)
     assert state.out.device.type == DEVICE.type and state.cache_len.device.type == DEVICE.type
 
 
-def test_simulated_acceptance_neither(rounds: FakeRounds):
-    rounds.run(make(rounds, "causal_lm"), PLANS["greedy"], simulate=True)
+@pytest.mark.parametrize("plan", [PLANS["greedy"], PLANS["sampling"]], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle chain", "eagle tree"])
+def test_simulated_acceptance_neither(rounds: FakeRounds, kind: str, plan: SamplingPlan):
+    rounds.run(kind, plan, simulate=True)
+
+
+def test_a_plain_round_and_catching_up_neither(rounds: FakeRounds):
+    eagle = rounds.drafts["eagle chain"]
+    with torch.no_grad(), rounds.mode:
+        state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE)
+        with NothingCrosses(), NothingIsUploaded():
+            run_round(rounds.tapped, eagle, state, PLANS["greedy"], chain(0))
+            eagle.catch_up(state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
