@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import floors
 import shapes
 import torch
 from attention_grid import PAGE_SIZE, Cell
@@ -112,7 +113,7 @@ class Bench:
 
     def prepare(self) -> dict[str, Any]:
         """Measure the read bandwidth, then take the pool: random values, because zeros run faster than data."""
-        measured = shapes.read_bandwidth(self.device)
+        measured = floors.read_bandwidth(self.device)
         self.bandwidth = measured["bytes_per_second"]
         if self.cuda:
             torch.cuda.empty_cache()

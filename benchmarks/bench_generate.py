@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+import floors
 import report
 import shapes
 import torch
@@ -220,14 +221,14 @@ def run_cells(args: argparse.Namespace, result: dict[str, Any]) -> None:
     pairs = [(s, b) for s in systems for b in args.batch]
     if not args.no_floor:
         try:
-            result["floor"] = shapes.measure_floor(model, drafts, pairs, middle, args.device)
+            result["floor"] = floors.measure_floor(model, drafts, pairs, middle, args.device)
         except Exception as error:
             result["floor_error"] = report.describe(error)
     cells = {s.name: {b: report.new_cell(s, b, result.get("floor")) for b in args.batch} for s in systems}
     result["cells"] = [cell for of_system in cells.values() for cell in of_system.values()]
     report.save(result, args.json)
     outputs: dict[tuple[str, int], Tensor] = {}
-    weights = shapes.distinct_bytes([model, *drafts.values()])
+    weights = floors.distinct_bytes([model, *drafts.values()])
     for system in systems:
         pending = {b: cell for b, cell in cells[system.name].items() if cell["status"] == "pending"}
         shapes.reset_peaks()
@@ -245,7 +246,7 @@ def run_cells(args: argparse.Namespace, result: dict[str, Any]) -> None:
                     except Exception as error:
                         report.fail(cell, error)
                     used = [model] + ([drafts[system.draft]] if system.draft in drafts else [])
-                    per_token = sum(map(shapes.kv_bytes_per_token, used))
+                    per_token = sum(map(floors.kv_bytes_per_token, used))
                     report.memory_beyond(cell, weights, batch * (args.prompt_len + args.new_tokens) * per_token)
                     report.save(result, args.json)
                     print(report.progress(cell), file=sys.stderr, flush=True)

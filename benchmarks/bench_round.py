@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import floors
 import round_cells
 import round_plots
 import round_report
@@ -90,7 +91,7 @@ class Bench:
 
     @property
     def weights(self) -> int:
-        return shapes.distinct_bytes([self.model, self.head])
+        return floors.distinct_bytes([self.model, self.head])
 
     def engine(self, rounds: RoundShape) -> FilledEngine:
         """An engine of such rounds, without a pool; the pools of others are dropped, so no two may live at once."""
@@ -236,9 +237,9 @@ class Run:
         self.result["build_seconds"] = self.args.seconds - (self.deadline - time.monotonic())
         wanted = [cell for stage in self.stages for cell in stage.cells if self.wants_parts(cell)]
         tokens = {cell.batch * cell.rounds.num_draft_tokens for cell in wanted}
-        linears, how = shapes.linears_alone(bench.model, tokens, self.args.device) if tokens else ({}, "not measured")
+        linears, how = floors.linears_alone(bench.model, tokens, self.args.device) if tokens else ({}, "not measured")
         self.result["floor"] = {
-            "bandwidth": shapes.read_bandwidth(self.args.device),
+            "bandwidth": floors.read_bandwidth(self.args.device),
             "launch_ms": launch_ms(self.args.device),
             "linears": how,
             "linears_ms": {str(tokens): ms for tokens, ms in linears.items()},

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import floors
 import shapes
 import torch
 from report import describe, environment, save
@@ -143,14 +144,14 @@ def measure(runner: ModelRunner, step: Step, args: argparse.Namespace) -> dict[s
     }
 
 
-def floors(model: nn.Module, steps: list[Step], device: str) -> dict[str, Any]:
+def step_floors(model: nn.Module, steps: list[Step], device: str) -> dict[str, Any]:
     """Read bandwidth, and by step: linears alone, and milliseconds of reading weights, keys and values."""
-    bandwidth = shapes.read_bandwidth(device)
-    linears, how = shapes.linears_alone(model, [step.batch * step.tokens for step in steps], device)
+    bandwidth = floors.read_bandwidth(device)
+    linears, how = floors.linears_alone(model, [step.batch * step.tokens for step in steps], device)
     gc.collect()
     per_second = bandwidth["bytes_per_second"]
-    weights = shapes.weight_bytes_read(model) / per_second * 1e3
-    kv = {str(step): step.batch * step.context * shapes.kv_bytes_per_token(model) / per_second * 1e3 for step in steps}
+    weights = floors.weight_bytes_read(model) / per_second * 1e3
+    kv = {str(step): step.batch * step.context * floors.kv_bytes_per_token(model) / per_second * 1e3 for step in steps}
     alone = {str(step): linears[step.batch * step.tokens] for step in steps}
     return {"bandwidth": bandwidth, "linears": how, "linears_ms": alone, "weights_ms": weights, "kv_ms": kv}
 
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "meta": {**environment(args.device), "random_weights": True},
         "args": {**{n: v for n, v in vars(args).items() if n != "json"}, "steps": [str(step) for step in args.steps]},
-        "floor": floors(model, args.steps, args.device),
+        "floor": step_floors(model, args.steps, args.device),
         "rows": [],
     }
     compiler = SegmentCompiler(args.compile, hardware)  # shared: segments do not depend on the provider

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import shapes
+import floors
 import torch
 from bench_step import step_ms
 from torch import Tensor
@@ -105,15 +105,15 @@ def recording(engine: Engine) -> Iterator[list[Call]]:
 
 def weight_bytes(engine: Engine) -> dict[str, int]:
     """Weights by stage."""
-    read = {"verify": shapes.weight_bytes_read(engine.target.model)}
-    return read | (shapes.head_bytes_read(engine.draft.head) if engine.draft is not None else {})
+    read = {"verify": floors.weight_bytes_read(engine.target.model)}
+    return read | (floors.head_bytes_read(engine.draft.head) if engine.draft is not None else {})
 
 
 def kv_bytes(engine: Engine, batch: int, context: int) -> dict[str, int]:
     """Committed keys and values by stage."""
-    read = {"verify": batch * context * shapes.kv_bytes_per_token(engine.target.model)}
+    read = {"verify": batch * context * floors.kv_bytes_per_token(engine.target.model)}
     if engine.draft is not None:
-        read["draft"] = read["draft_extend"] = batch * context * shapes.kv_bytes_per_token(engine.draft.head)
+        read["draft"] = read["draft_extend"] = batch * context * floors.kv_bytes_per_token(engine.draft.head)
     return read
 
 
@@ -137,7 +137,7 @@ def measure_parts(
     """Milliseconds of every part of a round over ``state``, whose rows have ``context`` tokens; bytes and floors beside.
 
     Args:
-        floor: ``bandwidth`` (as ``shapes.read_bandwidth``), ``launch_ms``, ``linears_ms`` by tokens in a window.
+        floor: ``bandwidth`` (as ``floors.read_bandwidth``), ``launch_ms``, ``linears_ms`` by tokens in a window.
     """
     batch = state.cache_len.shape[0]
     rates = None if engine._rates is None else engine._rates[:batch]

@@ -25,6 +25,7 @@ import bench_attention  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_round  # noqa: E402
 import bench_step  # noqa: E402
+import floors  # noqa: E402
 import report  # noqa: E402
 import round_cells  # noqa: E402
 import round_plots  # noqa: E402
@@ -158,9 +159,9 @@ def test_shapes_have_the_published_sizes() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes.SHAPES[name].config), dtype=torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) == parameters
-        assert shapes.kv_bytes_per_token(model) == {"llama-3.1-8b": 131072, "llama-3.2-1b": 32768}[name]
+        assert floors.kv_bytes_per_token(model) == {"llama-3.1-8b": 131072, "llama-3.2-1b": 32768}[name]
         untied = name == "llama-3.1-8b"
-        assert shapes.parameter_bytes(model) - shapes.weight_bytes_read(model) == (128256 * 4096 * 2 if untied else 0)
+        assert floors.parameter_bytes(model) - floors.weight_bytes_read(model) == (128256 * 4096 * 2 if untied else 0)
 
 
 def test_prompt_row_finds_the_first_difference() -> None:
@@ -541,7 +542,7 @@ def test_bench_round_end_to_end(tmp_path: Path) -> None:
     assert all(part["ms"] > 0 and part["bytes"] > 0 for row in rows.values() for part in row["parts"])
     tiny = shapes.build_random("tiny", torch.float32, "cpu")
     [verify] = [part for part in rows["none"]["parts"] if part["part"] == "verify"]
-    least = shapes.weight_bytes_read(tiny) + 2 * 24 * shapes.kv_bytes_per_token(tiny)
+    least = floors.weight_bytes_read(tiny) + 2 * 24 * floors.kv_bytes_per_token(tiny)
     assert least <= verify["bytes"] <= 1.01 * least
     joined = run_script("benchmarks/bench_round.py", "--merge", str(out), str(out))
     assert joined.returncode == 0 and "Parts of a round, 5/4/8 x2 @24" in joined.stdout
