@@ -4,8 +4,9 @@ The order, from the surest sign to the weakest:
 
 1. ``speculators_model_type`` in the config.
 2. ``architectures`` in the config.
-3. Tensor names: ``fc`` with a ``hidden_norm`` beside it is DFlash; ``d2t`` or ``midlayer.*`` is EAGLE-3; ``fc`` without a final
-   norm is EAGLE-1/2 (official repositories call both ``LlamaForCausalLM``).
+3. Tensor names, if the config has one layer or keys that no causal LM has: ``fc`` with a ``hidden_norm`` beside it is DFlash;
+   ``d2t``, ``midlayer.*`` or a ``hidden_norm`` in layer 0 is EAGLE-3; ``fc`` without a final norm is EAGLE-1/2 (official
+   repositories call both ``LlamaForCausalLM``).
 4. None of these: not a draft head, but perhaps a causal LM.
 """
 
@@ -43,6 +44,7 @@ _NOT_READ = (
     "Eagle3DeepseekV2ForCausalLM", "PEagleDraftModel", "PEagleSpeculator", "DSparkDraftModel", "DSparkSpeculator",
     "EagleSpeculator", "MLPSpeculatorPreTrainedModel", "Gemma4AssistantForCausalLM",
 )  # fmt: skip
+_HINTS = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_config")  # config keys that no causal LM has
 _READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers)"
 
 
@@ -65,11 +67,18 @@ def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHe
         return None
     config = read_config(directory)
     by_config = _reader_by_config(name, config)
+    hints = [hint for hint in _HINTS if hint in config]
+    if by_config is None and not hints and config.get("num_hidden_layers") != 1:
+        return None
     if not local.is_dir():
-        if by_config is None and not _may_be_head(config):
-            return None
         directory = _from_hub(name)
-    reader = by_config or _reader_by_names(tensor_names(directory))
+    names = set() if by_config else tensor_names(directory)
+    reader = by_config or _reader_by_names(names)
+    if reader is None and hints:
+        raise DraftError(
+            f"draft={name!r}: its config has {', '.join(hints)}, as draft heads do, but its architectures are "
+            f"{config.get('architectures')} and its tensors {', '.join(sorted(names)[:8])}, …. What can be read: {_READ}."
+        )
     return reader(read_checkpoint(directory, config), target) if reader else None
 
 
@@ -82,6 +91,8 @@ def _reader_by_config(name: str, config: Mapping[str, object]) -> Reader | None:
         return _SPECULATORS[speculators]
     if unread := [architecture for architecture in architectures if architecture in _NOT_READ]:
         raise DraftError(f"draft={name!r}: architecture {unread[0]!r} has no reader. What can be read: {_READ}.")
+    if "medusa_num_heads" in config:
+        raise DraftError(f"draft={name!r}: Medusa heads have no reader. What can be read: {_READ}.")
     return next((_ARCHITECTURES[architecture] for architecture in architectures if architecture in _ARCHITECTURES), None)
 
 
@@ -89,19 +100,11 @@ def _reader_by_names(names: set[str]) -> Reader | None:
     names = {name.removeprefix("model.") for name in names}
     if {"fc.weight", "hidden_norm.weight"} <= names:
         return read_dflash
-    if "d2t" in names or any(name.startswith("midlayer.") for name in names):
+    if {"d2t", "layers.0.hidden_norm.weight"} & names or any(name.startswith("midlayer.") for name in names):
         return read_eagle3_safeailab
     if "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names and "norm.weight" not in names:
         return read_eagle
-    if any(name.split(".")[1:] == ["0", "linear", "weight"] for name in names):
-        raise DraftError(f"these are Medusa heads (tensor 0.0.linear.weight), which have no reader. What can be read: {_READ}.")
     return None
-
-
-def _may_be_head(config: Mapping[str, object]) -> bool:
-    """Whether an ordinary config can be that of a head: heads have one layer or say more than a causal LM does."""
-    hints = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_config")
-    return config.get("num_hidden_layers") == 1 or any(hint in config for hint in hints)
 
 
 def _config_from_hub(name: str) -> Path:

@@ -161,6 +161,12 @@ def test_broken_files(saved: tuple[Path, Eagle3Head]):
         load_draft_head(directory, target())
 
 
+def test_what_looks_like_a_head_and_is_none_known_says_what_was_seen(tmp_path: Path):
+    config = {"architectures": ["SomeModel"], "draft_vocab_size": 24, "num_hidden_layers": 3}
+    with pytest.raises(DraftError, match=r"has draft_vocab_size.*\['SomeModel'\].*blocks\.0\.weight"):
+        load_draft_head(write(tmp_path, config, {"blocks.0.weight": torch.ones(2)}), target())
+
+
 def test_medusa_heads_are_recognised(tmp_path: Path):
     directory = write(tmp_path, {"medusa_num_heads": 1}, {"0.0.linear.weight": torch.ones(2, 2)})
     with pytest.raises(DraftError, match="Medusa"):
