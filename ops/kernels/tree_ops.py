@@ -130,9 +130,9 @@ def draft_topk(logits: Tensor, k: int, draft_ids: Tensor | None) -> tuple[Tensor
 # expand_beam
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slot"])  # one kernel for all levels but the first
 def _expand_beam_kernel(ids_ptr, logprobs_ptr, beam_ptr, candidate_tokens_ptr, candidate_scores_ptr, candidate_parents_ptr,
-                        mask_ptr, beam_tokens_ptr, next_beam_ptr, beam_parent_ptr, C, P, W, first, slot,
+                        mask_ptr, beam_tokens_ptr, next_beam_ptr, beam_parent_ptr, P, W, first, slot,
                         stride_ct, stride_cs, stride_cp, stride_mb, stride_mp, FIRST: tl.constexpr, K: tl.constexpr,
                         BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """Program (row). ``first``: the level's first candidate; ``slot``: the new beam's first slot; FIRST: at level 0."""
@@ -190,7 +190,7 @@ def expand_beam(
         _expand_beam_kernel[(batch,)](
             ids.contiguous(), logprobs.contiguous(), beam.contiguous() if beam is not None else next_beam,
             candidate_tokens, candidate_scores, candidate_parents, draft_mask, beam_tokens, next_beam, beam_parent,
-            candidate_tokens.shape[1], slots, words, 0 if beam is None else topk + (level - 1) * topk * topk, level * topk,
+            slots, words, 0 if beam is None else topk + (level - 1) * topk * topk, level * topk,
             candidate_tokens.stride(0), candidate_scores.stride(0), candidate_parents.stride(0), *draft_mask.stride()[:2],
             FIRST=beam is None, K=topk, BLOCK=block, BLOCK_K=triton.next_power_of_2(topk),
             BLOCK_W=triton.next_power_of_2(max(words, 1)), num_warps=max(1, min(8, block // 256)),
