@@ -156,6 +156,7 @@ class SpecConfig:
             ConfigError: the three numbers do not go together.
         """
         steps = self.num_steps or default_steps
+        self.simulated_rates(steps)  # a mean that these rounds cannot have is said now
         if self.topk == 1:
             if self.num_draft_tokens not in (None, steps + 1):
                 raise ConfigError(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.draft_head import DraftHead, check_fits
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 
@@ -55,8 +55,20 @@ def make_draft(
         raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
+        _check_head(draft, target)
         return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
     return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
+
+
+def _check_head(head: DraftHead, target: PreTrainedModel) -> None:
+    """A head object may have been made for another model than this."""
+    check_fits(head.config, target, head.taps, head.draft_ids, head.owned)
+    width = len(head.taps) * target.config.get_text_config(decoder=True).hidden_size
+    if head.target_width != width or head.dtype != target.dtype:
+        raise DraftError(
+            f"the draft head reads states of {head.target_width} features in {head.dtype}, the target's have {width} in "
+            f"{target.dtype}. Load the head for this target: draft=<its path or hub id>."
+        )
 
 
 def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spec_compile.config import RoundShape
 from spec_compile.drafts.base import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
+from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
 from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
@@ -42,6 +43,9 @@ class EagleDraft:
     """
 
     def __init__(self, runner: HeadRunner, head: DraftHead, shape: RoundShape, vocab_size: int) -> None:
+        choices = vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
+        if shape.topk > choices:
+            raise ConfigError(f"topk={shape.topk}: the draft head has a vocabulary of {choices} tokens.")
         self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
         self.kind, self.taps = head.kind, head.taps
         self.level_logits = self.level_states = self.pending = self.pending_count = torch.empty(0)
