@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import FAMILIES, left_padded, tiny_model
+from tiny import FAMILIES, ids_inside_windows, left_padded, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -47,21 +47,6 @@ def assert_same_text(reference: PreTrainedModel, model: PreTrainedModel, batch: 
     assert model.spec.stats().mode == "rounds"
     assert torch.equal(plain, ours), f"batch {batch}, {settings}"
     return plain
-
-
-def ids_inside_windows(text: Tensor, accept_lengths: list[list[int]], prompt: int) -> list[int]:
-    """Per row with one: an id whose first occurrence stands inside an accepted window, tokens before and behind it."""
-    found = []
-    for row, lengths in zip(text[:, prompt:].tolist(), accept_lengths, strict=True):
-        start = 1  # prefill's token
-        for length in lengths:
-            inner = range(start + 1, min(start + length - 1, len(row)))
-            fresh = [row[i] for i in inner if row[i] not in row[:i]]
-            if fresh:
-                found.append(fresh[0])
-                break
-            start += length
-    return found
 
 
 def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState], Tensor]:

@@ -88,3 +88,18 @@ def left_padded(batch: int, length: int, vocab_size: int = 96, seed: int = 0) ->
     for row in range(1, batch):
         mask[row, : (3 * row) % (length - 1)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def ids_inside_windows(text: Tensor, accept_lengths: list[list[int]], prompt: int) -> list[int]:
+    """Per row with one: an id whose first occurrence stands inside an accepted window, tokens before and behind it."""
+    found = []
+    for row, lengths in zip(text[:, prompt:].tolist(), accept_lengths, strict=True):
+        start = 1  # prefill's token
+        for length in lengths:
+            inner = range(start + 1, min(start + length - 1, len(row)))
+            fresh = [row[i] for i in inner if row[i] not in row[:i]]
+            if fresh:
+                found.append(fresh[0])
+                break
+            start += length
+    return found

@@ -1,0 +1,233 @@
+"""What EAGLE rounds leave behind: caches and look-ahead as a plain forward over the final text would make them, and, behind a
+head that knows the text, the fewest rounds there can be."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+
+import pytest
+import torch
+from heads import fit, options_of, target_states
+from tiny import tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from spec_compile.config import SpecConfig
+from spec_compile.drafts.base import Verified
+from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.runtime.engine import Engine, Request
+from spec_compile.runtime.head_runner import HeadRunner
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.state import DecodeState, SamplingPlan
+
+CPU = Hardware("cpu", "cpu", 1, "CPU")
+# Everything runs on the CPU; a GPU in name brings what the engine does for one: pages, buckets, padding rows.
+GPU_IN_NAME = Hardware("nvidia", "sm90", 1, "a GPU in name")
+GREEDY, SAMPLING = SamplingPlan(), SamplingPlan(do_sample=True)
+# A sliding window behind a chain; trees with two layers of head; latent attention, and one page a row.
+CASES = {
+    "chain, mistral": ("mistral", "3/1/4"),
+    "tree, llama": ("llama", "5/4/8"),
+    "tree, deepseek": ("deepseek_v3", "4/3/12", CPU),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@functools.cache
+def runners_for(family: str, hardware: Hardware, hidden_size: int, draft_vocab_size: int) -> tuple[ModelRunner, HeadRunner]:
+    """A target and a random head of two layers, captured once."""
+    model = tiny_model(family, hidden_size=hidden_size)
+    head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2)
+    compiler = SegmentCompiler("none", hardware)
+    options = {"hardware": hardware, "backend": "torch", "compiler": compiler, "page_size": 16}
+    return ModelRunner(model, stage="verify", taps=head.taps, **options), HeadRunner(head, stage="draft", **options)
+
+
+def engine_for(
+    family: str, shape: str, hardware: Hardware = GPU_IN_NAME, *, hidden_size: int = 64, vocab: int = 64, **options: object
+) -> Engine:
+    """What ``spec_compile()`` builds, on any hardware's terms."""
+    config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, **options_of(shape), **options)
+    target, runner = runners_for(family, hardware, hidden_size, vocab)
+    draft = EagleDraft(runner, runner.model, config.round_shape(5), 96)
+    return Engine(target, draft, target.compiler, hardware, config)
+
+
+def request(lengths: list[int], new_tokens: list[int], plan: SamplingPlan = GREEDY) -> Request:
+    return Request(
+        prompts=[torch.tensor(random.choices(range(3, 96), k=n)) for n in lengths],
+        end_len=[length + new for length, new in zip(lengths, new_tokens, strict=True)],
+        min_len=[0] * len(lengths),
+        eos_ids=[],
+        seed=random.sample(range(1 << 40), len(lengths)),
+        plan=plan,
+    )
+
+
+@torch.no_grad()
+def rounds(engine: Engine, state: DecodeState, plan: SamplingPlan, most: int) -> list[list[int]]:
+    """Rounds until every row is finished, ``most`` at most: tokens of each round by row."""
+    counts = []
+    while not state.finished.all() and len(counts) < most:
+        engine.launch(state, plan, engine.shape)
+        counts.append(state.out[:, -3].tolist())
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The caches hold what a plain forward over the final text would put there
+
+
+def stored(runner: ModelRunner, layer: int, table: Tensor, length: int) -> Tensor:
+    """Everything one layer keeps of a row's first ``length`` entries, read slot by slot: [length, …]."""
+    parts = []
+    for part in ("k", "v", "kv"):
+        cache = runner.pool.caches.get((layer, part))
+        if cache is not None:
+            size = cache.shape[1]
+            parts.append(torch.stack([cache[table[s // size], s % size].flatten() for s in range(length)]))
+    return torch.cat(parts, 1)
+
+
+def layers_of(cache: DynamicCache) -> list[Tensor]:
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [torch.cat([x[0].transpose(0, 1).flatten(1) for x in pair], 1) for pair in pairs]
+
+
+@torch.no_grad()
+def check_row(engine: Engine, state: DecodeState, row: int) -> None:
+    """Target's cache, head's cache, and the look-ahead of one row against plain forwards over its text. Of a row that is
+    done, rounds overwrite the look-ahead, which nobody reads then."""
+    length = int(state.cache_len[row])
+    text = state.tokens[row, : length + 1]
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    cache = DynamicCache()
+    engine.target.model(text[None, :-1], past_key_values=cache, use_cache=True)
+    for layer, expected in enumerate(layers_of(cache)):
+        close(stored(engine.target, layer, state.page_table[row], length), expected)
+
+    head: DraftHead = engine.draft.head
+    states = head.project(target_states(engine.target.model, head.taps, text[:-1]))  # [1, L, H]
+    cache = DynamicCache(config=head.config)
+    hidden = head(text[None, 1:], states, torch.arange(length)[None], past_key_values=cache)
+    for layer, expected in enumerate(layers_of(cache)):
+        close(stored(engine.draft.runner, layer, state.page_table[row], length), expected)
+    if not state.finished[row]:
+        close(engine.draft.level_states[row], head.feedback(hidden)[0, -1])
+        close(engine.draft.level_logits[row], head.logits(hidden)[0, -1])
+
+
+def taught(engine: Engine, wanted: Request, **settings: object) -> None:
+    """Teach the engine's head the target's own continuations of the prompts, as far as least squares can."""
+    texts = [
+        engine.target.model.generate(prompt[None], max_new_tokens=end - len(prompt), do_sample=False)[0]
+        for prompt, end in zip(wanted.prompts, wanted.end_len, strict=True)
+    ]
+    fit(engine.draft.head, engine.target.model, texts, first=max(wanted.end_len), **settings)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_caches_and_look_ahead_equal_plain_forwards_over_the_final_text(case: tuple) -> None:
+    """From prefill to the end: ragged rows, one of a single token, that finish apart, drafts accepted in part."""
+    engine = engine_for(*case)
+    wanted = request([5, 1, 19], [40, 25, 9])
+    taught(engine, wanted)
+    state, counts = engine.admit(wanted), []
+    while True:
+        for row in range(3):
+            check_row(engine, state, row)
+        if state.finished.all():
+            break
+        counts += rounds(engine, state, GREEDY, 3)
+    seen = {n for count in counts for n in count[:3]}
+    assert {0, 1, 2} <= seen and max(seen) > 2, f"rows must finish apart and drafts be accepted in part: {counts}"
+
+
+@pytest.mark.parametrize("case", ["chain, mistral", "tree, llama"])
+def test_caches_of_sampled_rounds(case: str) -> None:
+    engine = engine_for(*CASES[case])
+    wanted = request([5, 1, 19], [40, 25, 9], SAMPLING)
+    wanted.temperature = 0.1  # nearly the text that was taught
+    taught(engine, wanted)
+    state, counts = engine.admit(wanted), []
+    while not state.finished.all():
+        counts += rounds(engine, state, SAMPLING, 4)
+        for row in range(3):
+            check_row(engine, state, row)
+    assert max(n for count in counts for n in count) > 1
+
+
+def test_a_head_that_keeps_its_own_states_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the tests above: entries that drafting made of the head's own states, for tokens that were accepted,
+    look right in everything but their numbers."""
+    engine = engine_for("llama", "3/1/4")
+    honest = EagleDraft.look_ahead
+
+    def forgetful(self: EagleDraft, state: DecodeState, verified: Verified) -> None:
+        caches = {key: cache.clone() for key, cache in self.runner.pool.caches.items()}
+        honest(self, state, verified)
+        for table, start, count in zip(state.page_table, verified.start.tolist(), verified.count.tolist(), strict=True):
+            for slot in range(start, start + count - 1):  # drafted, and accepted
+                for key, cache in self.runner.pool.caches.items():
+                    page = table[slot // cache.shape[1]], slot % cache.shape[1]
+                    cache[page] = caches[key][page]
+
+    wanted = request([9, 4, 2], [30, 30, 30])
+    taught(engine, wanted)
+    state = engine.admit(wanted)
+    assert any(n > 1 for counts in rounds(engine, state, GREEDY, 20) for n in counts)
+    check_row(engine, state, 0)
+    monkeypatch.setattr(EagleDraft, "look_ahead", forgetful)
+    state = engine.admit(wanted)
+    assert any(n > 1 for counts in rounds(engine, state, GREEDY, 20) for n in counts)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        for row in range(2):
+            check_row(engine, state, row)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A head that knows the text is never refused
+
+
+@pytest.mark.parametrize("shape", ["3/1/4", "4/3/12"])
+def test_a_head_that_knows_the_text_takes_the_fewest_rounds(shape: str) -> None:
+    """With more features than there are tokens to learn, least squares gets every one right: n tokens behind prefill's take
+    ceil(n / (num_steps + 1)) rounds. A slot that is wrong in either cache costs rounds, which exactness would never show."""
+    engine = engine_for("llama", shape, hidden_size=256, vocab=96)
+    steps = engine.shape.num_steps
+    for new_tokens in (4 * (steps + 1) + 1, 4 * (steps + 1) + 2):
+        wanted, fewest = request([11, 4], [new_tokens] * 2), math.ceil((new_tokens - 1) / (steps + 1))
+        taught(engine, wanted, steps=steps, noise=0.0, ridge=1e-4)
+        assert len(rounds(engine, engine.admit(wanted), GREEDY, 100)) == fewest
+    state = engine.admit(wanted)
+    for cache in engine.draft.runner.pool.caches.values():
+        cache.zero_()  # the control: without the prompt's entries it gets lost
+    assert len(rounds(engine, state, GREEDY, 100)) > fewest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Simulated acceptance goes through the same commit
+
+
+@pytest.mark.parametrize(("shape", "plan"), [("3/1/4", SAMPLING), ("5/4/8", GREEDY), ("5/4/8", SAMPLING)])
+def test_simulated_rounds_keep_the_caches(shape: str, plan: SamplingPlan) -> None:
+    """Text that the target never wrote: the caches are those of the text that was emitted."""
+    engine = engine_for("llama", shape, simulate_accept_length=2.5)
+    state = engine.admit(request([9, 4, 1], [40, 25, 9], plan))
+    counts = rounds(engine, state, plan, 8)
+    for row in range(3):
+        check_row(engine, state, row)
+    assert {n for count in counts[:3] for n in count[:3]} == {2, 3}, counts  # 2.5 on average, before a row's end
