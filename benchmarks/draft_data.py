@@ -164,12 +164,12 @@ def _excerpts(tokenizer, answers: list[list[int]]) -> list[str]:
 def generate_corpus(
     model, tokenizer, *, seconds: float, batch: int, max_new_tokens: int, seed: int, max_tokens: int = 10**9
 ) -> Corpus:
-    """Write prompts for a fifth of ``seconds`` and answers for the rest (or until ``max_tokens``); no row is held out."""
+    """Write prompts for a quarter of ``seconds`` and answers for the rest (or until ``max_tokens``); no row is held out."""
     started = time.monotonic()
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    functions, paragraphs = python_sources(rng, files=600 if batch >= 64 else 12)
-    invented = invent_prompts(model, tokenizer, 60 * batch, batch, rng, started + 0.2 * seconds)
+    functions, paragraphs = python_sources(rng, files=250 if batch >= 64 else 12)
+    invented = invent_prompts(model, tokenizer, 60 * batch, batch, rng, started + 0.25 * seconds)
     print(f"{len(invented)} prompts invented, {len(functions)} functions found", flush=True)
 
     rows: list[tuple[list[int], list[int], float, int]] = []

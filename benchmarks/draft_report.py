@@ -85,7 +85,9 @@ def plot_training(log: dict[str, Any], path: Path) -> None:
     left.legend(fontsize=8, frameon=False, ncols=2)
     for name in ("T=0", "T=1"):
         points = [(line["seconds"], line[name]) for line in log["validation"] if name in line]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held-out prompts, {name}")
+        right.plot(
+            *zip(*points, strict=True), marker="o", markersize=3, label=f"held-out prompts, text of {name}, likeliest drafts"
+        )
     right.set(xlabel="seconds of training", ylabel="accept length, chain of 5")
     right.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
@@ -99,15 +101,19 @@ def model_card(log: dict[str, Any], result: dict[str, Any]) -> str:
     """The README of the head's directory."""
     recipe = log["recipe"]
     batch = recipe["rows"] * recipe["row_length"]
+    ratio = "; ".join(
+        f"{line['seconds']:.0f} s: {line['T=0']:.2f}" for line in log["validation"][1 :: max(1, len(log["validation"]) // 4)]
+    )
     return _CARD.read_text(encoding="utf-8").format(
         table=accept_table(result), max_new_tokens=result["max_new_tokens"], eval_device=result["device"],
         eval_dtype=result["dtype"], eval_commit=result["commit"][:7], eval_torch=result["torch"],
         parameters=log["parameters"] / 1e6, texts=log["texts"], tokens=log["tokens"], answer_tokens=log["answer_tokens"],
-        how="one run", vocabulary=recipe["draft_vocab_size"], coverage=log["draft_vocabulary_coverage"],
+        greedy=log["greedy_texts"] / log["texts"], vocabulary=recipe["draft_vocab_size"],
+        coverage=log["draft_vocabulary_coverage"],
         steps_ttt=recipe["steps"], decay=recipe["decay"], rate=recipe["learning_rate"], clip=recipe["clip"], batch=batch,
         steps=log["steps"], epochs=log["steps"] * recipe["rows"] / log["packed_rows"], seconds=log["seconds"],
         device=log["device"], seed=recipe["seed"], torch=log["torch"], commit=log["commit"][:7],
-        generate_flags=log.get("generate_flags", ""), train_flags=f"--seconds {recipe['seconds']:.0f}",
+        made=log["generation"], made_commit=log["generation"]["commit"][:7], gain=ratio,
     )  # fmt: skip
 
 

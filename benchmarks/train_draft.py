@@ -31,7 +31,7 @@ from spec_compile.hf_integration.demo_model import DEMO_MODEL_NAME, load_demo_mo
 from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
 
-CORPUS, HELD_OUT_CORPUS = "corpus.pt", "held_out.pt"
+CORPUS, HELD_OUT_CORPUS, SETTINGS = "corpus.pt", "held_out.pt", "generation.json"
 _LARGEST_CHANNEL_GAIN = 1e3
 
 
@@ -208,7 +208,8 @@ def train(target: PreTrainedModel, corpus: Corpus, held_out: Corpus, recipe: Rec
     log: dict[str, object] = {
         "recipe": dataclasses.asdict(recipe), "texts": corpus.lengths.numel(), "tokens": corpus.tokens.numel(),
         "answer_tokens": int(corpus.answer_mask().sum()), "packed_rows": packed.ids.shape[0],
-        "packing": float((packed.document > 0).float().mean()), "draft_vocabulary_coverage": coverage, "curve": [],
+        "greedy_texts": int((corpus.temperatures == 0).sum()), "packing": float((packed.document > 0).float().mean()),
+        "draft_vocabulary_coverage": coverage, "curve": [],
         "validation": [],
     }  # fmt: skip
     print(json.dumps({k: v for k, v in log.items() if k not in ("recipe", "curve", "validation")}), flush=True)
@@ -285,6 +286,9 @@ def run_generate(args: argparse.Namespace) -> None:
         model, tokenizer, seconds=args.seconds, batch=args.batch, seed=args.seed, max_tokens=args.max_tokens, **options
     )
     corpus.save(args.out / CORPUS)
+    settings = {name: getattr(args, name) for name in ("seconds", "batch", "max_new_tokens", "seed")}
+    settings["commit"] = os.environ.get("SPEC_COMPILE_COMMIT", "unknown")
+    (args.out / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -299,6 +303,7 @@ def run_train(args: argparse.Namespace) -> None:
     head, log = train(target, Corpus.load(args.data / CORPUS), Corpus.load(args.data / HELD_OUT_CORPUS), recipe, args)
     log |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "torch": torch.__version__}
     log["parameters"] = sum(p.numel() for p in head.own_tensors().values())
+    log["generation"] = json.loads((args.data / SETTINGS).read_text(encoding="utf-8"))
     log["commit"] = os.environ.get("SPEC_COMPILE_COMMIT", "unknown")
     args.out.mkdir(parents=True, exist_ok=True)
     for value in head.own_tensors().values():

