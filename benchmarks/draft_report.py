@@ -97,6 +97,12 @@ def plot_training(log: dict[str, Any], path: Path) -> None:
 _CARD = Path(__file__).with_name("draft_card.md")  # with str.format fields
 
 
+def _short(commit: str) -> str:
+    """A commit's first seven digits, and what is said about it."""
+    name, _, remark = commit.partition(" ")
+    return f"{name[:7]} {remark}".strip()
+
+
 def model_card(log: dict[str, Any], result: dict[str, Any]) -> str:
     """The README of the head's directory."""
     recipe = log["recipe"]
@@ -106,14 +112,14 @@ def model_card(log: dict[str, Any], result: dict[str, Any]) -> str:
     )
     return _CARD.read_text(encoding="utf-8").format(
         table=accept_table(result), max_new_tokens=result["max_new_tokens"], eval_device=result["device"],
-        eval_dtype=result["dtype"], eval_commit=result["commit"][:7], eval_torch=result["torch"],
+        eval_dtype=result["dtype"], eval_commit=_short(result["commit"]), eval_torch=result["torch"],
         parameters=log["parameters"] / 1e6, texts=log["texts"], tokens=log["tokens"], answer_tokens=log["answer_tokens"],
         greedy=log["greedy_texts"] / log["texts"], vocabulary=recipe["draft_vocab_size"],
         coverage=log["draft_vocabulary_coverage"],
         steps_ttt=recipe["steps"], decay=recipe["decay"], rate=recipe["learning_rate"], clip=recipe["clip"], batch=batch,
         steps=log["steps"], epochs=log["steps"] * recipe["rows"] / log["packed_rows"], seconds=log["seconds"],
-        device=log["device"], seed=recipe["seed"], torch=log["torch"], commit=log["commit"][:7],
-        made=log["generation"], made_commit=log["generation"]["commit"][:7], gain=ratio,
+        device=log["device"], seed=recipe["seed"], torch=log["torch"], commit=_short(log["commit"]),
+        made=log["generation"], made_commit=_short(log["generation"]["commit"]), gain=ratio,
     )  # fmt: skip
 
 
