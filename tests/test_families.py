@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spec_compile import spec_compile
+from spec_compile.drafts.base import Verified
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import CaptureError
 from spec_compile.runtime.state import DecodeState
@@ -49,7 +50,7 @@ def assert_same_text(reference: PreTrainedModel, model: PreTrainedModel, batch: 
     return plain
 
 
-def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState], Tensor]:
+def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState, Verified], Tensor]:
     """``look_ahead`` as if the answers had stood in the prompts: drafts of ``text`` [B, P + n], every fifth token wrong.
 
     Args:
@@ -59,9 +60,9 @@ def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState],
     for row in rows:
         row[::5] = (row[::5] + 1) % 96
 
-    def look_ahead(self: NgramDraft, state: DecodeState) -> Tensor:
+    def look_ahead(self: NgramDraft, state: DecodeState, verified: Verified) -> Tensor:
         for row, length, draft in zip(rows, state.cache_len.tolist(), state.next_draft, strict=False):
-            future = row[length + 1 : length + 1 + self.num_steps]
+            future = row[length + 1 : length + 1 + self.shape.num_steps]
             draft[: len(future)] = future
         return torch.full_like(state.cache_len, self.max_ngram)
 

@@ -86,9 +86,9 @@ def test_a_wrong_q_is_found(monkeypatch) -> None:
     """A draft that picks its favourite but declares the whole distribution as q breaks the law, and the check sees it."""
     honest = CausalLMDraft.propose
 
-    def wrong(self, state, plan) -> Proposal:
-        proposal = honest(self, state, plan)
-        return Proposal(proposal.probs.argmax(-1), proposal.probs)
+    def wrong(self, *args) -> Proposal:
+        proposal = honest(self, *args)
+        return Proposal(torch.cat([proposal.window[:, :1], proposal.probs.argmax(-1)], 1), proposal.probs)
 
     monkeypatch.setattr(CausalLMDraft, "propose", wrong)
     settings, warpers = SETTINGS["plain"]
