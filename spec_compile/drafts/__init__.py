@@ -56,6 +56,10 @@ def make_draft(
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
         _check_head(draft, target)
+        if draft.kind == "dflash":
+            raise DraftError(
+                "a DFlash head: heads of this kind are read but not drafted with yet; pass an EAGLE head or 'ngram'."
+            )
         return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
     return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
 
