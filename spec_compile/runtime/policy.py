@@ -8,11 +8,12 @@ from spec_compile.config import RoundShape
 
 _SMOOTHING = 0.3  # weight of the newest round time
 _FORGET = 0.93  # what an observation counts for after one more
-_FADE = 0.99  # what it counts for after a round that left its proposal out: a source that lost gets new chances
+_FADE = 0.99  # what it counts for after a round that could not tell: a source or a shape that lost gets new chances
 _PRIOR_WEIGHT = 2.0  # observations that the prior is worth
 _PRIOR_RATE = 0.6  # acceptance of a draft model nobody has watched yet
 _PROBES = 3  # rounds that try a draft model again
 _SHORTEST_REST, _LONGEST_REST = 32, 256  # plain rounds before they do; doubled while it goes on losing
+_PROBE_BUDGET = 0.01  # share of the time that may go into trying the widest shape while another one does better
 
 
 @dataclass
@@ -25,6 +26,8 @@ class DraftPolicy:
     one on a CPU, so a short draft is how a doubtful source is tried.
 
     A source that promises nothing (a draft model) and loses against plain decoding rests, longer each time it loses again.
+    While a shorter shape than was asked for does best, the one asked for is tried again at times: what a short chain brings
+    does not show what a deep one or a tree would.
 
     Attributes:
         shapes: what a round may be, plain decoding first if that is a choice.
@@ -36,7 +39,9 @@ class DraftPolicy:
     seen: dict[tuple[int | None, bool], list[_Position]] = field(default_factory=dict)  # one entry a draft position
     resting: int = 0
     probing: int = 0
+    probe: RoundShape | None = None  # what probing rounds draft
     rest: int = _SHORTEST_REST
+    passed_over: int = 0  # rounds since the widest shape was last drafted
 
     def choose(self, promise: int | None) -> RoundShape:
         """The shape of the next round.
@@ -47,17 +52,26 @@ class DraftPolicy:
             return self.shapes[0]
         if self.resting > 0:
             self.resting -= 1
-            self.probing = _PROBES if self.resting == 0 else 0
+            self.probing, self.probe = (_PROBES if self.resting == 0 else 0), self.shapes[1]
             return self.shapes[0]
         if self.probing > 0:
             self.probing -= 1
-            return self.shapes[1]
+            return self.probe
         best = max(self.shapes, key=lambda shape: self.expected_tokens(promise, shape) / self.cost(shape))
         if promise is None and best.num_steps == 0:
             self.resting, self.rest = self.rest - 1, min(2 * self.rest, _LONGEST_REST)
         elif promise is None:
             self.rest = _SHORTEST_REST
+            self._probe_widest(best)
         return best
+
+    def _probe_widest(self, best: RoundShape) -> None:
+        """Let the next rounds try the widest shape if it has been passed over for so long that they cost next to nothing."""
+        widest = self.shapes[-1]
+        self.passed_over = self.passed_over + 1 if best != widest else 0
+        loss = _PROBES * (self.cost(widest) / self.cost(best) - 1)  # in rounds of the best, if the probes bring no more
+        if self.passed_over >= max(_SHORTEST_REST, loss / _PROBE_BUDGET):
+            self.passed_over, self.probing, self.probe = 0, _PROBES, widest
 
     def observe(self, promise: int | None, shape: RoundShape, accept_lengths: list[int], ms: float | None) -> None:
         """Learn from a finished round: the accept length of each of its live rows, and its time if that is known."""
@@ -66,10 +80,12 @@ class DraftPolicy:
             self.round_ms[shape] = ms if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * ms
         if promise == 0 or not accept_lengths:
             return
-        if shape.num_steps == 0:
-            for positions in (self.seen[key] for key in self.seen if key[0] == promise and promise is not None):
-                for position in positions:
+        if shape.num_steps > 0 or promise is not None:  # a draft model that rests has its probes
+            for key, known in self.seen.items():
+                untold = shape.num_steps if key[1] == shape.is_tree else 0  # a plain round is a chain of none
+                for position in known[untold:] if key[0] == promise else ():
                     position.fade()
+        if shape.num_steps == 0:
             return
         positions = self._positions(promise, shape)
         for index in range(shape.num_steps):
