@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from spec_compile.draft_tree import DraftTree, read_tree
 from spec_compile.errors import SpecCompileError
 from spec_compile.explain import explain
 from spec_compile.hf_integration.generate import GenerateCall, bind_generate, read_call, what_differs, why_plain
@@ -52,6 +53,14 @@ class SpecHandle:
     def stats(self) -> SpecStats:
         """Figures of the last ``generate()`` call."""
         return self._stats
+
+    def last_tree(self) -> DraftTree | None:
+        """The tree of drafts that the first row verified last; None if that round verified none.
+
+        In a streamer or stopping criterion the tree of the round that ran last: a look at every round. On a GPU, where rounds
+        are launched ahead, it may be one round further than the text, after ``generate()`` too. Waits for the device.
+        """
+        return read_tree(self._engine.last_round)
 
     def partial_sequences(self) -> Tensor | None:
         """Tokens of the last call so far, int64 [B, P + n]: what an exception or Ctrl-C left of it."""

@@ -22,11 +22,14 @@ class Tree:
         parents: int32 [B, N], window index of each token's parent, -1 for the root.
         depth: int32 [B, N], 0 for the root.
         mask: int32 [B, N, W], packed ancestor bits, self included.
+        candidate_scores: float32 [B, C], cumulative log-probabilities of all candidates; the window is the N - 1 best in their
+            order (``ops.tree.build_tree``).
     """
 
     parents: Tensor
     depth: Tensor
     mask: Tensor
+    candidate_scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class Draft(Protocol):
 
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make room for ``rows`` rows of ``capacity`` tokens; True when buffers moved (captured graphs are void)."""
+
+    def forget(self) -> None:
+        """A new request begins."""
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         """Build whatever rounds of ``shape`` need for ``rows`` rows, before capture."""

@@ -66,6 +66,9 @@ class EagleDraft:
             moved = True
         return moved
 
+    def forget(self) -> None:
+        self.pending_count.zero_()  # a head that caught up with them over a cleared state would read behind its bounds
+
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         self.runner.prefill_program(argmax=False)
         self.runner.extend_program(rows, shape.num_steps + 1)
@@ -76,7 +79,6 @@ class EagleDraft:
         return self.runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
-        self.pending_count.zero_()
         self.runner.fill(prompts, page_table, states, max_tokens)
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
@@ -193,4 +195,4 @@ class EagleDraft:
             logits, states = self._step_program(rows, shape)(**fed_in)
             ids, logprobs = ops.draft_topk(logits.flatten(0, 1), topk, self.head.draft_ids)
         window, parents, depth, tree_mask = ops.build_tree(*candidates, inputs.root[:, 0], shape.num_draft_tokens)
-        return Proposal(window, None, Tree(parents, depth, tree_mask))
+        return Proposal(window, None, Tree(parents, depth, tree_mask, candidates[1]))

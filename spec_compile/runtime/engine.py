@@ -22,7 +22,7 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.policy import DraftPolicy
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.progress import Progress
-from spec_compile.runtime.round import commit, run_round
+from spec_compile.runtime.round import RoundRecord, commit, run_round
 from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
 
 log = logging.getLogger("spec_compile")
@@ -74,6 +74,7 @@ class Engine:
         self._rates: Tensor | None = None  # float32 [R, num_steps] where acceptance is simulated
         self.graphs = GraphCache(self.device) if hardware.is_cuda and config.cuda_graphs else None
         self.capture_seconds = 0.0
+        self.last_round: RoundRecord | None = None  # the one launched last, in this call
         self._buffers: DecodeState | None = None
         self._policies: dict[tuple, DraftPolicy] = {}
         self._plain_rounds = 0  # since the draft head last saw all tokens
@@ -101,12 +102,20 @@ class Engine:
             SpecCompileError: the KV pool does not fit into the device's memory.
         """
         rows = self.bucket(len(request.prompts))
+        self.last_round = None  # its tensors would keep the memory of graphs that reserve() voids
         self.reserve(rows, max(request.end_len) + self.reach)
         self._buffers.clear()
+        self.forget()  # before rounds are run over the cleared state
         self.prepare(self._buffers.rows(rows), request.plan)
-        self._plain_rounds = 0
+        self._plain_rounds, self.last_round = 0, None  # preparing ran rounds that were nobody's
         self._prefill(self.fill(rows, request), request)
         return self._buffers.rows(rows)
+
+    def forget(self) -> None:
+        """Nothing is left of the last request, wherever it ended."""
+        self._plain_rounds = 0
+        if self.draft is not None:
+            self.draft.forget()
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Grow the pools and the state to ``rows`` × ``capacity`` if they are smaller; graphs over the old ones are void.
@@ -267,9 +276,9 @@ class Engine:
     def _key(state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> tuple:
         return state.cache_len.shape[0], shape, plan
 
-    def _round(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
+    def _round(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> RoundRecord:
         rates = None if self._rates is None else self._rates[: state.cache_len.shape[0]]
-        run_round(self.target, self.draft, state, plan, shape, simulated_rates=rates)
+        return run_round(self.target, self.draft, state, plan, shape, simulated_rates=rates)
 
     def launch(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
         """Run one round, or enqueue it on a GPU; its result will stand in ``state.out``."""
@@ -279,9 +288,9 @@ class Engine:
                 self._catch_up(state)
             self._plain_rounds += plain
         if self.graphs is None:
-            self._round(state, plan, shape)
+            self.last_round = self._round(state, plan, shape)
         else:
-            self.graphs.replay(self._key(state, plan, shape))
+            self.last_round = self.graphs.replay(self._key(state, plan, shape))
 
     def fill(self, rows: int, request: Request) -> DecodeState:
         """A state of ``rows`` rows that holds the request's prompts, the rest padding; nothing is computed."""
@@ -355,7 +364,7 @@ class Engine:
         """Free pools, buffers and graphs."""
         if self.graphs is not None:
             self.graphs.clear()
-        self._buffers = None
+        self._buffers = self.last_round = None
         for runner in self._runners():
             runner.release()
 

@@ -17,6 +17,7 @@ class CapturedRound:
     graph: torch.cuda.CUDAGraph
     nbytes: int
     seconds: float
+    result: object  # what the recorded call returned: its tensors hold the last replay's values
 
 
 @dataclass
@@ -34,11 +35,12 @@ class GraphCache:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(self.device)
 
-    def replay(self, key: tuple) -> None:
-        """Enqueue a captured round on the current stream."""
+    def replay(self, key: tuple) -> object:
+        """Enqueue a captured round on the current stream; the tensors it returns hold its values when it has run."""
         self.rounds[key].graph.replay()
+        return self.rounds[key].result
 
-    def capture(self, key: tuple, name: str, step: Callable[[], None]) -> None:
+    def capture(self, key: tuple, name: str, step: Callable[[], object]) -> None:
         """Record ``step``, which must leave the state as it was (see ``DecodeState``): it runs twice before.
 
         Raises:
@@ -54,10 +56,10 @@ class GraphCache:
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            step()
+            result = step()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         nbytes = max(0, torch.cuda.memory_reserved(self.device) - before)
-        self.rounds[key] = CapturedRound(name, graph, nbytes, time.perf_counter() - start)
+        self.rounds[key] = CapturedRound(name, graph, nbytes, time.perf_counter() - start, result)
 
     def clear(self) -> None:
         """Forget every graph; their pool is released with them."""

@@ -45,6 +45,18 @@ class Accepted:
     path: Tensor | None
 
 
+@dataclass(frozen=True)
+class RoundRecord:
+    """Tensors of a round for who wants to look at it (``draft_tree.read_tree``).
+
+    While a captured round's record lives, neither its own graph nor another one puts anything else into their memory.
+    """
+
+    window: Tensor
+    tree: Tree | None
+    accepted: Accepted
+
+
 def run_round(
     target: ModelRunner,
     draft: Draft | None,
@@ -53,7 +65,7 @@ def run_round(
     shape: RoundShape,
     *,
     simulated_rates: Tensor | None = None,
-) -> None:
+) -> RoundRecord:
     """Advance every unfinished row by 1 to ``shape.num_steps + 1`` tokens; the result stands in ``state.out``.
 
     Args:
@@ -74,6 +86,7 @@ def run_round(
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
     commit(draft, state, accepted.emitted, accepted.accept_length, inputs.lens[0], states)
+    return RoundRecord(window, tree, accepted)
 
 
 def round_inputs(state: DecodeState, shape: RoundShape) -> RoundInputs:
