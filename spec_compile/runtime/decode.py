@@ -33,25 +33,27 @@ class RoundResult:
 
 @dataclass
 class Timing:
-    """Host-side clock of one request's rounds, in seconds; device times by events on a GPU."""
+    """Host-side clock of one request's rounds, in seconds; on a GPU also each round's shape with the events around it."""
 
     decode: float = 0.0
     waiting: float = 0.0
     rounds: int = 0
-    events: list[tuple] = field(default_factory=list)
+    events: list[tuple[RoundShape, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def idle_fraction(self) -> float | None:
         """Share of the time from the first round's start to the last one's end in which no round ran; None on a CPU.
 
-        A round's own time is the shortest one seen (a tenth may be shorter): the events around a round also count the wait
-        for its launch when the host comes late, and that wait is what is looked for.
+        A round's own time is the shortest one of its shape (a tenth may be shorter): the events around a round also count the
+        wait for its launch when the host comes late, and that wait is what is looked for.
         """
         if len(self.events) < 2:
             return None
-        self.events[-1][1].synchronize()
-        times = sorted(begin.elapsed_time(end) for begin, end in self.events)
-        own = times[len(times) // 10]
-        return max(0.0, 1.0 - own * len(times) / self.events[0][0].elapsed_time(self.events[-1][1]))
+        self.events[-1][2].synchronize()
+        times: dict[RoundShape, list[float]] = {}
+        for shape, begin, end in self.events:
+            times.setdefault(shape, []).append(begin.elapsed_time(end))
+        own = sum(sorted(alike)[len(alike) // 10] * len(alike) for alike in times.values())
+        return max(0.0, 1.0 - own / self.events[0][1].elapsed_time(self.events[-1][2]))
 
 
 def decode(engine: Engine, request: Request, timing: Timing) -> Iterator[RoundResult]:
@@ -136,7 +138,7 @@ def _decode_async(
         slots[flight.slot].copy_(state.out, non_blocking=True)
         end.record()
         copied[flight.slot].record()
-        timing.events.append((begin, end))
+        timing.events.append((flight.shape, begin, end))
         if pending is not None:
             waiting = time.perf_counter()
             copied[pending.slot].synchronize()
