@@ -90,11 +90,22 @@ def test_the_text_does_not_depend_on_the_shapes() -> None:
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
-def test_what_plain_rounds_put_aside_ends_with_the_request() -> None:
+def test_what_plain_rounds_put_aside_ends_with_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already before the next request's rounds are prepared: those run over a state in which nothing was written yet."""
     engine = engine_with_head("chain")
     state = engine.admit(request([5], 60))
+    found = []
+    prepare = Engine.prepare
+
+    def watched(self: Engine, *args: object) -> None:
+        found.append((int(self.draft.pending_count.sum()), self._plain_rounds))
+        prepare(self, *args)
+
+    monkeypatch.setattr(Engine, "prepare", watched)
     with torch.no_grad():
-        engine.launch(state, PLAN, chain(0))
-        assert int(engine.draft.pending_count[0]) == 1
+        for _ in range(3):
+            engine.launch(state, PLAN, chain(0))
+        assert int(engine.draft.pending_count[0]) == engine._plain_rounds == 3
         engine.admit(request([5], 60))
-    assert int(engine.draft.pending_count[0]) == 0 and engine._plain_rounds == 0
+    assert found == [(0, 0)]
+    assert int(engine.draft.pending_count[0]) == engine._plain_rounds == 0

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spec_compile.config import RoundShape, SpecConfig
@@ -72,6 +73,19 @@ def _check_head(head: DraftHead, target: PreTrainedModel) -> None:
         raise DraftError(
             f"the draft head reads states of {head.target_width} features in {head.dtype}, the target's have {width} in "
             f"{target.dtype}. Load the head for this target: draft=<its path or hub id>."
+        )
+    ours = {"embed_tokens": target.get_input_embeddings().weight, "lm_head": target.get_output_embeddings().weight}
+    foreign = [
+        name
+        for name, weight in ours.items()
+        if name not in head.owned
+        and getattr(head, name).weight is not weight
+        and not torch.equal(getattr(head, name).weight, weight)
+    ]
+    if foreign:
+        raise DraftError(
+            f"the draft head reads the {' and '.join(foreign)} of another model than this target, and would draft badly. Load the "
+            "head for this target: draft=<its path or hub id>."
         )
 
 

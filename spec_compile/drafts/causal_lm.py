@@ -54,6 +54,9 @@ class CausalLMDraft:
     def reserve(self, rows: int, capacity: int) -> bool:
         return self.runner.reserve(rows, capacity)
 
+    def forget(self) -> None:
+        pass
+
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         self.runner.prefill_program(argmax=True)
         for num_tokens in (2, 1):

@@ -36,6 +36,9 @@ class NgramDraft:
     def reserve(self, rows: int, capacity: int) -> bool:
         return False
 
+    def forget(self) -> None:
+        pass
+
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         pass
 

@@ -76,6 +76,7 @@ def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor, Tenso
     """A state of exactly the call's rows, the logits behind the prompts, and the tapped states there."""
     batch = len(request.prompts)
     engine.reserve(engine.bucket(batch), max(request.end_len) + engine.reach)
+    engine.forget()
     state = engine.fill(batch, request)
     if engine.draft is not None:
         engine.draft.prepare(batch, _GREEDY, _shape(engine))
