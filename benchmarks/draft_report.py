@@ -103,15 +103,25 @@ def _short(commit: str) -> str:
     return f"{name[:7]} {remark}".strip()
 
 
-def model_card(log: dict[str, Any], result: dict[str, Any]) -> str:
-    """The README of the head's directory."""
+def _again(results: list[dict[str, Any]]) -> str:
+    """Tables of further runs of the same prompts, each under what it ran on."""
+    return "".join(
+        f"The same prompts on {r['device']} in {r['dtype']} (commit {_short(r['commit'])}, torch {r['torch']}):\n\n"
+        f"{accept_table(r)}\n\n"
+        for r in results
+    )
+
+
+def model_card(log: dict[str, Any], result: dict[str, Any], *again: dict[str, Any]) -> str:
+    """The README of the head's directory; ``again`` are further evaluations, on another device for one."""
     recipe = log["recipe"]
     batch = recipe["rows"] * recipe["row_length"]
     ratio = "; ".join(
         f"{line['seconds']:.0f} s: {line['T=0']:.2f}" for line in log["validation"][1 :: max(1, len(log["validation"]) // 4)]
     )
     return _CARD.read_text(encoding="utf-8").format(
-        table=accept_table(result), max_new_tokens=result["max_new_tokens"], eval_device=result["device"],
+        table=accept_table(result), again=_again(list(again)), max_new_tokens=result["max_new_tokens"],
+        eval_device=result["device"],
         eval_dtype=result["dtype"], eval_commit=_short(result["commit"]), eval_torch=result["torch"],
         parameters=log["parameters"] / 1e6, texts=log["texts"], tokens=log["tokens"], answer_tokens=log["answer_tokens"],
         greedy=log["greedy_texts"] / log["texts"], vocabulary=recipe["draft_vocab_size"],
@@ -127,13 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", type=Path, required=True)
     parser.add_argument("--accept", type=Path, required=True)
+    parser.add_argument("--again", type=Path, nargs="*", default=[], help="further files of eval_draft.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     log = json.loads(args.training.read_text(encoding="utf-8"))
     result = json.loads(args.accept.read_text(encoding="utf-8"))
     plot_training(log, args.out / "training.png")
     plot_accept_lengths(result, args.out / "accept.png")
-    (args.out / "README.md").write_text(model_card(log, result), encoding="utf-8")
+    again = [json.loads(path.read_text(encoding="utf-8")) for path in args.again]
+    (args.out / "README.md").write_text(model_card(log, result, *again), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def test_another_target_is_refused():
 def test_the_card_is_made_from_the_measurements_beside_it():
     folder = demo_draft_dir()
     log, result = (json.loads((folder / name).read_text()) for name in ("training.json", "accept.json"))
-    assert (folder / "README.md").read_text() == draft_report.model_card(log, result)
+    again = json.loads((folder / "accept_cpu.json").read_text())
+    assert (folder / "README.md").read_text() == draft_report.model_card(log, result, again)
     assert {"training.png", "accept.png"} <= {path.name for path in folder.iterdir()}
 
 
