@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -176,15 +177,16 @@ class Engine:
     def prepare(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Compile and capture every round this plan may use, over a cleared state, before the first token."""
         self.target.prefill_program(argmax=plan.ids_only)
-        shapes = self.round_shapes()
+        shapes, rows = self.round_shapes(), state.cache_len.shape[0]
         with Progress("compiling", len(shapes), self.config.progress) as progress:
             for shape in shapes:
-                progress.advance(f"rounds of {shape.num_draft_tokens} tokens × {state.cache_len.shape[0]} rows")
+                progress.advance(f"rounds of {shape.num_draft_tokens} tokens × {rows} rows")
                 if self.draft is not None and shape.num_steps > 0:
-                    self.draft.prepare(state.cache_len.shape[0], plan, shape)
-                self._warm(state, plan, shape)
+                    self.draft.prepare(rows, plan, shape)
+                name = f"{rows} rows × {shape.num_draft_tokens} tokens ({shape})"
+                self._warm(self._key(state, plan, shape), name, functools.partial(self._round, state, plan, shape))
             if self.chooses and self._leaves_out:
-                self._warm_catch_up(state)
+                self._warm((rows, _CATCH_UP), f"{rows} rows, catch up", functools.partial(self.draft.catch_up, state))
             if self.chooses and self.graphs is not None:
                 self._measure(state, plan)
 
@@ -219,21 +221,20 @@ class Engine:
             self._policies[key] = DraftPolicy(tuple(self.round_shapes()))
         return self._policies[key]
 
-    def _warm(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
-        key = self._key(state, plan, shape)
+    def _warm(self, key: tuple, name: str, step: Callable[[], object]) -> None:
+        """Compile or capture ``step`` unless that was done."""
         if key in self._warmed:
             return
         if self.graphs is None:
-            self._round(state, plan, shape)  # compiles
+            step()  # compiles
         else:
-            self._capture(state, plan, shape)
+            self._capture(key, name, step)
         self._warmed.add(key)
 
-    def _capture(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> None:
+    def _capture(self, key: tuple, name: str, step: Callable[[], object]) -> None:
         start, compiled = time.perf_counter(), self.compiler.seconds
-        name = f"{state.cache_len.shape[0]} rows × {shape.num_draft_tokens} tokens ({shape})"
         try:
-            self.graphs.capture(self._key(state, plan, shape), name, lambda: self._round(state, plan, shape))
+            self.graphs.capture(key, name, step)
         except RuntimeError as error:  # out of memory, or an operation of the model that cannot be captured
             self.graphs.clear()
             self.graphs = None
@@ -243,26 +244,16 @@ class Engine:
                 name,
                 str(error).splitlines()[0],
             )
-            self._round(state, plan, shape)
+            step()
         self.capture_seconds += time.perf_counter() - start - (self.compiler.seconds - compiled)
-
-    def _warm_catch_up(self, state: DecodeState) -> None:
-        """Compile or capture the program that lets a head catch up after plain rounds."""
-        rows = state.cache_len.shape[0]
-        if (rows, _CATCH_UP) in self._warmed:
-            return
-        if self.graphs is None:
-            self.draft.catch_up(state)
-        else:
-            self.graphs.capture((rows, _CATCH_UP), f"{rows} rows, catch up", lambda: self.draft.catch_up(state))
-        self._warmed.add((rows, _CATCH_UP))
 
     def _measure(self, state: DecodeState, plan: SamplingPlan) -> None:
         """Time every shape over the cleared state, so that the first choices know what rounds cost."""
-        policy = self.policy(state, plan)
+        policy, start = self.policy(state, plan), time.perf_counter()
         for shape in policy.shapes:
             if shape not in policy.round_ms:
                 policy.round_ms[shape] = eager_milliseconds(functools.partial(self.launch, state, plan, shape))
+        self.capture_seconds += time.perf_counter() - start
 
     def _catch_up(self, state: DecodeState) -> None:
         """Tell the head of the tokens that plain rounds emitted."""

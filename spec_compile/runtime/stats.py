@@ -22,7 +22,7 @@ class SpecStats:
         gpu_idle_fraction: share of the decoding time in which the device ran no round; None on a CPU.
         prefill_ms: wall time to the first token, compile time excluded.
         total_ms: wall time of the call, compile and capture time excluded.
-        compile_seconds, capture_seconds: paid so far by this model (all calls).
+        compile_seconds, capture_seconds: paid so far by this model (all calls); capture includes timing the shapes of rounds.
         graphs: (name, bytes) of every captured CUDA graph.
         kv_bytes: size of the KV pools.
         mode: ``"rounds"``, ``"lockstep"`` (logits processors, scores) or ``"plain"`` (ran as plain transformers).
