@@ -9,6 +9,7 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
+from spec_compile.drafts import _check_head
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.capture import capture_head_prefill, capture_head_window
 from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise
@@ -128,3 +129,12 @@ def test_the_same_seed_is_the_same_head():
 def test_norms_before_fc_exclude_each_other():
     with pytest.raises(DraftError, match="exclude each other"):
         random_eagle3_head(tiny_model("llama"), norm_before_fc=True, fc_norm=True)
+
+
+def test_a_head_over_another_models_matrices() -> None:
+    """Of the same sizes, it would run and draft badly, unseen; a copy of its target is its target."""
+    head, other = random_eagle3_head(tiny_model("llama", seed=0), draft_vocab_size=40), tiny_model("llama", seed=1)
+    with pytest.raises(DraftError, match="reads the embed_tokens of another model than this target"):
+        _check_head(head, other)
+    _check_head(head, tiny_model("llama", seed=0))
+    _check_head(random_eagle3_head(tiny_model("llama"), draft_vocab_size=40, own_embedding=True), other)
