@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +27,11 @@ def round_inputs(tokens: Tensor, cache_len: Tensor, end_len: Tensor, num_tokens:
     root = tokens.new_empty(batch, 1)
     position_ids = tokens.new_empty(batch, num_tokens)
     lens = cache_len.new_empty(num_tokens, batch)
-    _round_inputs[(batch,)](
-        tokens, cache_len.contiguous(), end_len.contiguous(), root, position_ids, lens, num_tokens, batch, tokens.stride(0),
-        BLOCK=triton.next_power_of_2(num_tokens), num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(tokens):
+        _round_inputs[(batch,)](
+            tokens, cache_len.contiguous(), end_len.contiguous(), root, position_ids, lens, num_tokens, batch, tokens.stride(0),
+            BLOCK=triton.next_power_of_2(num_tokens), num_warps=1,
+        )  # fmt: skip
     return root, position_ids, lens
 
 
@@ -55,8 +57,9 @@ def extend_inputs(
     batch, capacity = tokens.shape
     input_ids, position_ids = tokens.new_empty(batch, num_tokens), tokens.new_empty(batch, num_tokens)
     newest = tokens.new_empty(batch, 1)
-    _extend_inputs[(batch,)](
-        tokens, start.contiguous(), count.contiguous(), end_len.contiguous(), input_ids, position_ids, newest, num_tokens,
-        capacity, tokens.stride(0), BLOCK=triton.next_power_of_2(num_tokens), num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(tokens):
+        _extend_inputs[(batch,)](
+            tokens, start.contiguous(), count.contiguous(), end_len.contiguous(), input_ids, position_ids, newest, num_tokens,
+            capacity, tokens.stride(0), BLOCK=triton.next_power_of_2(num_tokens), num_warps=1,
+        )  # fmt: skip
     return input_ids, position_ids, newest
