@@ -87,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_run_demo)
     demo.add_argument("--prompt", action="append", metavar="TEXT", help="use this prompt (repeatable), not the built-in ones")
+    demo.add_argument(
+        "--head",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the prompts with the model's EAGLE-3 draft head, too (default; with --draft ngram only)",
+    )
     _add_run_arguments(demo, max_new_tokens=96)
 
     doctor = commands.add_parser(
@@ -121,7 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_run_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument(
-        "--draft", default="ngram", metavar="DRAFT", help="ngram, none, or path or hub id of a smaller model (default: ngram)"
+        "--draft",
+        default="ngram",
+        metavar="DRAFT",
+        help="ngram, none, or path or hub id of a draft head or a smaller model (default: ngram)",
     )
     parser.add_argument(
         "--backend", default="auto", metavar="NAME", help="attention kernel provider, auto or tune (default: auto)"

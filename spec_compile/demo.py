@@ -1,7 +1,8 @@
 """``spec-compile demo``: a small real model, a few prompts, plain ``generate()`` against spec_compile in one run.
 
 Each prompt runs three times: with spec_compile while the text streams, then plain and with spec_compile on the clock. A timed
-call in which something was still compiled is repeated, so that neither side's times hold compilation.
+call in which something was still compiled is repeated, so that neither side's times hold compilation. Then the prompts run
+once more with the trained draft head (``demo_head``).
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Session:
     def __init__(self, model: PreTrainedModel, seed: int, generate_arguments: dict[str, object]) -> None:
         self.model, self._seed, self._arguments = model, seed, generate_arguments
 
-    def compile(self, draft: str | None, backend: str, compile: str) -> None:
+    def compile(self, draft: str | None, backend: str, compile: str, **options: int) -> None:
         from spec_compile import spec_compile
 
-        spec_compile(self.model, draft=draft, backend=backend, compile=compile)
+        spec_compile(self.model, draft=draft, backend=backend, compile=compile, **options)
 
     def plain(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> tuple[list[int], float]:
         """New tokens and seconds of transformers' own ``generate()``."""
@@ -190,7 +191,8 @@ def _run(args: argparse.Namespace) -> int:
     session = Session(model, args.seed, sampling_arguments(args.temperature))
     prompts = [DemoPrompt(f"prompt {i}", text) for i, text in enumerate(args.prompt or (), 1)] or list(DEMO_PROMPTS)
     encoded = [encode_prompt(tokenizer, prompt.text, True, device) for prompt in prompts]
-    _warm_up(console, session, encoded, args, resolve_compile(args.compile, device))
+    compile = resolve_compile(args.compile, device)
+    _warm_up(console, session, encoded, args, compile)
 
     hf_logging.disable_progress_bar()  # nothing takes long from here on, and a bar would tear the live text
 
@@ -209,6 +211,10 @@ def _run(args: argparse.Namespace) -> int:
         )
         results.append(result)
     _print_summary(console, results, args)
+    if args.draft == "ngram" and args.head:
+        from spec_compile.demo_head import run_head
+
+        results += run_head(console, session, tokenizer, encoded, results, args, compile)
     # In bfloat16 two nearly equal logits may swap between a window of one token and of eight; in float32 they must not.
     exact = args.temperature == 0 and str(dtype) == "torch.float32"
     return 1 if exact and any(result.first_difference is not None for result in results) else 0
@@ -259,10 +265,31 @@ def _measure(session: Session, title: str, inputs: dict[str, torch.Tensor], max_
     Raises:
         SpecCompileError: every fast call compiled something, so none can be timed.
     """
-    from spec_compile.demo_report import PromptResult
-
     built = session.built_seconds()  # now: the plain call replaces the figures
     plain_tokens, plain_seconds = session.plain(inputs, max_new_tokens)
+    return measure_fast(session, title, inputs, max_new_tokens, plain_tokens, plain_seconds, built)
+
+
+def measure_fast(
+    session: Session,
+    title: str,
+    inputs: dict[str, torch.Tensor],
+    max_new_tokens: int,
+    plain_tokens: list[int],
+    plain_seconds: float,
+    built: float | None = None,
+) -> PromptResult:
+    """Time one prompt with spec_compile against a plain run that was timed before.
+
+    Args:
+        built: ``session.built_seconds()`` after the last fast call; None where that was the last call.
+
+    Raises:
+        SpecCompileError: every call compiled something, so none can be timed.
+    """
+    from spec_compile.demo_report import PromptResult
+
+    built = session.built_seconds() if built is None else built
     for _ in range(_ATTEMPTS):
         spec_tokens, spec_seconds = session.fast(inputs, max_new_tokens)
         before, built = built, session.built_seconds()

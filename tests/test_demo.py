@@ -132,7 +132,7 @@ def test_verdict_does_not_hide_a_difference():
 # ----------------------------------------------------------------------------------------------------------------------
 # The run, on a tiny random model
 
-QUICK = ("--compile", "none", "--max-new-tokens", "10", "--device", "cpu", "--dtype", "float32")
+QUICK = ("--no-head", "--compile", "none", "--max-new-tokens", "10", "--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture
