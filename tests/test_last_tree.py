@@ -100,3 +100,11 @@ def test_a_chain_has_no_tree(watched):
 def test_children_come_in_the_drafts_order():
     tree = DraftTree([1, 2, 3, 4], [-1, 0, 0, 1], [0, 1, 1, 2], [0.0, -2.0, -1.0, -0.5], [0, 1], 9)
     assert tree.children(0) == [2, 1] and tree.children(1) == [3] and tree.children(3) == []
+
+
+def test_a_call_in_lockstep_leaves_no_tree_of_the_call_before(watched) -> None:
+    model = watched[0]
+    model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    assert model.spec.last_tree() is not None
+    model.generate(PROMPT, max_new_tokens=4, do_sample=False, repetition_penalty=1.3)
+    assert model.spec.stats().mode == "lockstep" and model.spec.last_tree() is None

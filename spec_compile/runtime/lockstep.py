@@ -75,6 +75,7 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
 def _admit(engine: Engine, request: Request) -> tuple[DecodeState, Tensor, Tensor | None]:
     """A state of exactly the call's rows, the logits behind the prompts, and the tapped states there."""
     batch = len(request.prompts)
+    engine.last_round = None  # as in admit(); rounds of this loop leave none
     engine.reserve(engine.bucket(batch), max(request.end_len) + engine.reach)
     engine.forget()
     state = engine.fill(batch, request)
