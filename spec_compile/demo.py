@@ -203,7 +203,7 @@ def _run(args: argparse.Namespace) -> int:
         console.print(_shorten(prompt.text, 3 * console.width), style="dim")
         with LiveText(console, tokenizer) as live:
             session.fast(inputs, args.max_new_tokens, streamer=live)
-        result = _measure(session, prompt.title, inputs, args.max_new_tokens)
+        result = measure(session, prompt.title, inputs, args.max_new_tokens)
         pieces = token_pieces(tokenizer, result.spec_tokens)
         console.print(acceptance_picture(pieces, result.accept_lengths, uses_colour(console)))
         console.print(
@@ -259,37 +259,16 @@ def _warm_up(
     console.print(f"Cold start, not part of any time below: {cold:.1f} s to the first answer, {total:.1f} s until warm.\n")
 
 
-def _measure(session: Session, title: str, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> PromptResult:
+def measure(session: Session, title: str, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> PromptResult:
     """Time one prompt on both sides; the last call before this was a fast one.
 
     Raises:
         SpecCompileError: every fast call compiled something, so none can be timed.
     """
-    built = session.built_seconds()  # now: the plain call replaces the figures
-    plain_tokens, plain_seconds = session.plain(inputs, max_new_tokens)
-    return measure_fast(session, title, inputs, max_new_tokens, plain_tokens, plain_seconds, built)
-
-
-def measure_fast(
-    session: Session,
-    title: str,
-    inputs: dict[str, torch.Tensor],
-    max_new_tokens: int,
-    plain_tokens: list[int],
-    plain_seconds: float,
-    built: float | None = None,
-) -> PromptResult:
-    """Time one prompt with spec_compile against a plain run that was timed before.
-
-    Args:
-        built: ``session.built_seconds()`` after the last fast call; None where that was the last call.
-
-    Raises:
-        SpecCompileError: every call compiled something, so none can be timed.
-    """
     from spec_compile.demo_report import PromptResult
 
-    built = session.built_seconds() if built is None else built
+    built = session.built_seconds()  # now: the plain call replaces the figures
+    plain_tokens, plain_seconds = session.plain(inputs, max_new_tokens)
     for _ in range(_ATTEMPTS):
         spec_tokens, spec_seconds = session.fast(inputs, max_new_tokens)
         before, built = built, session.built_seconds()

@@ -1,6 +1,6 @@
 """The demo's second half: the EAGLE-3 head that comes with the package, as a chain and as a tree, beside n-grams.
 
-The plain run of the first half is the measure here too. A tree's rounds are looked at through ``model.spec.last_tree()``, in a
+Plain runs are timed anew beside the head's. A tree's rounds are looked at through ``model.spec.last_tree()``, in a
 call that is not timed.
 """
 
@@ -60,9 +60,9 @@ def run_head(
     """Run the first and the last prompt with the head in both shapes and print what came of it; the results of both.
 
     Args:
-        results: of the n-gram runs of the same prompts, with the plain runs' tokens and times.
+        results: of the n-gram runs of the same prompts, for comparison.
     """
-    from spec_compile.demo import measure_fast
+    from spec_compile.demo import measure
     from spec_compile.hf_integration.demo_model import demo_draft_dir
 
     ends = sorted({0, len(results) - 1})  # two prompts show it: one that copies, one that does not
@@ -80,8 +80,7 @@ def run_head(
         session.fast(encoded[-1], min(_WATCHED_TOKENS, args.max_new_tokens), streamer=watcher)
         trees += watcher.trees
         by_shape[name] = [
-            measure_fast(session, r.title, inputs, args.max_new_tokens, r.plain_tokens, r.plain_seconds)
-            for r, inputs in zip(results, encoded, strict=True)
+            measure(session, r.title, inputs, args.max_new_tokens) for r, inputs in zip(results, encoded, strict=True)
         ]
     console.print(head_table(results, by_shape, args.temperature > 0))
     for name, of_shape in by_shape.items():

@@ -189,7 +189,7 @@ def test_times_with_compilation_in_them_are_measured_again(monkeypatch):
     monkeypatch.setattr(session, "plain", lambda inputs, count: ([1], 1.0))
     monkeypatch.setattr(session, "fast", lambda inputs, count: ([1], next(seconds)))
     monkeypatch.setattr(session, "rounds", lambda: ([], "rounds"))
-    assert demo._measure(session, "t", {}, 1).spec_seconds == 0.5
+    assert demo.measure(session, "t", {}, 1).spec_seconds == 0.5
 
 
 def test_a_model_that_compiles_for_ever_is_an_error(monkeypatch):
@@ -199,7 +199,7 @@ def test_a_model_that_compiles_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(session, "plain", lambda inputs, count: ([1], 1.0))
     monkeypatch.setattr(session, "fast", lambda inputs, count: ([1], 1.0))
     with pytest.raises(SpecCompileError, match="still compiled"):
-        demo._measure(session, "t", {}, 1)
+        demo.measure(session, "t", {}, 1)
 
 
 def test_live_text_is_silent_in_a_pipe_and_drawn_on_a_terminal():
