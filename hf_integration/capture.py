@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
 from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context, layer_windows
+from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.taps import tapped
+from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
@@ -91,6 +93,38 @@ def capture_head_prefill(head: DraftHead) -> StageGraph:
         return (head(input_ids, head.project(hidden_states), position_ids, past_key_values=context.cache),)
 
     return _capture(head, 1, "prefill", inputs, forward, dynamic_length=True)
+
+
+def capture_block(head: DFlashHead, batch: int, num_drafts: int) -> StageGraph:
+    """A DFlash head over blocks ``input_ids``, ``position_ids`` [batch, block_size] behind a context: logits
+    [batch, num_drafts, Vd] of the first drafts. Its attention is meant for a tree mask of ones.
+
+    Raises:
+        CaptureError: the head cannot be captured; says why.
+    """
+    drafts = slice(head.first_slot, head.first_slot + num_drafts)
+
+    def forward(context: CaptureContext, input_ids, position_ids):
+        return (head.logits(head(input_ids, position_ids, past_key_values=context.cache)[:, drafts]),)
+
+    return _capture(head, batch, "draft", _token_inputs(head, batch, head.block_size), forward, dynamic_length=False)
+
+
+def capture_dflash_context(head: DFlashHead, batch: int, num_tokens: int | None) -> StageGraph:
+    """Keys and values of committed tokens, from the target's states ``hidden_states`` [batch, num_tokens, n * Ht] at
+    ``position_ids`` into the caches; puts nothing out. ``num_tokens=None`` is stage ``"prefill"``: packed prompts [1, T].
+    """
+    inputs = _token_inputs(head, batch, num_tokens or _PREFILL_EXAMPLE_TOKENS)
+    inputs["hidden_states"] = _states_like(head, inputs.pop("input_ids"), of_target=True)
+
+    def forward(context: CaptureContext, position_ids, hidden_states):
+        for layer, (keys, values) in enumerate(head.context_kv(head.project(hidden_states), position_ids)):
+            caches = context.slot(layer, "k"), context.slot(layer, "v")
+            torch.ops.spec_compile.kv_write(keys, values, *caches, context.page_table, context.cache_len)
+        return ()
+
+    stage = "prefill" if num_tokens is None else "draft_extend"
+    return _capture(head, batch, stage, inputs, forward, dynamic_length=num_tokens is None)
 
 
 def _token_inputs(model: PreTrainedModel, batch: int, num_tokens: int) -> dict[str, Tensor]:
@@ -255,3 +289,14 @@ def _check(model: PreTrainedModel, graph: StageGraph) -> None:
         raise CaptureError(
             _message(model, f"it has {len(expected)} layers but layers {sorted(layers)} reach the attention interface.")
         )
+
+
+__all__ = [
+    "capture_block",
+    "capture_dflash_context",
+    "capture_head_prefill",
+    "capture_head_window",
+    "capture_prefill",
+    "capture_window",
+    "kv_cache_ops",
+]

@@ -1,4 +1,5 @@
-"""Pass 5: cut the graph at its attention ops into segments that Inductor compiles, each distinct one once.
+"""Pass 5: cut the graph at its attention ops (and bare cache writes) into segments that Inductor compiles, each distinct one
+once.
 
 A cut at an opaque op costs no fusion, because nothing can fuse across it; and between two attention ops every layer
 looks alike (output projection, MLP, next norm, next query/key/value projection, rotary embedding), so a model of any depth
@@ -6,19 +7,25 @@ has about three distinct segments. Source of the idea: vLLM's piecewise compilat
 
 Providers are chosen after the cut, so that choosing again (a larger KV pool) leaves every compiled segment as it is.
 
-Needs: a staged graph. Leaves true: the top graph holds generic attention ops and calls to segment modules, nothing else, and
-every node of it has its fake.
+Needs: a staged graph. Leaves true: the top graph holds generic attention ops, cache writes and calls to segment modules,
+nothing else, and every node of it has its fake.
 """
 
 from __future__ import annotations
 
 import operator
 
+import torch
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
+from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.passes.graph import StageGraph, fake, placeholders
 from spec_compile.passes.select_backend import is_attention
+
+__all__ = ["kv_cache_ops", "partition", "segment_key"]
+
+_WRITES = (torch.ops.spec_compile.kv_write, torch.ops.spec_compile.kv_write_packed)
 
 
 def partition(graph: StageGraph) -> StageGraph:
@@ -28,13 +35,13 @@ def partition(graph: StageGraph) -> StageGraph:
     for node in graph.gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if is_attention(node):
+        if _is_cut(node):
             part_of[node] = current + 1
             current += 2
         else:
             part_of[node] = current
     top = split_module(graph.gm, graph.gm, lambda node: part_of[node], keep_original_order=True)
-    _inline_attention(top)
+    _inline_opaque(top)
     _give_fakes(top)
     for node in placeholders(top):
         node.meta["binding"] = bindings[node.name]
@@ -45,12 +52,17 @@ def partition(graph: StageGraph) -> StageGraph:
     return graph
 
 
-def _inline_attention(top: fx.GraphModule) -> None:
-    """Replace each one-op submodule that split_module made of an attention op by the op itself."""
+def _is_cut(node: fx.Node) -> bool:
+    """Whether a node stays between segments: attention, and writes of caches, which Inductor might copy to write."""
+    return is_attention(node) or node.target in _WRITES
+
+
+def _inline_opaque(top: fx.GraphModule) -> None:
+    """Replace each one-op submodule that split_module made of an opaque op by the op itself."""
     for call in [n for n in top.graph.nodes if n.op == "call_module"]:
         inner = top.get_submodule(call.target)
         body = [n for n in inner.graph.nodes if n.op not in ("placeholder", "output")]
-        if len(body) != 1 or not is_attention(body[0]):
+        if len(body) != 1 or not _is_cut(body[0]):
             continue
         values = dict(zip(placeholders(inner), call.args, strict=True))
         with top.graph.inserting_before(call):

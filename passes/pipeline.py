@@ -48,6 +48,17 @@ def prepare_head(graph: StageGraph, *, num_outputs: int, tree: bool = False) -> 
     return partition(graph)
 
 
+def prepare_context(graph: StageGraph) -> StageGraph:
+    """From captured writes of a DFlash head's context to segments between them.
+
+    Its linears stay single: they all read one tensor, and as one GEMM they would tear keys and values out of the queries'
+    fused weights in the head's other graphs.
+    """
+    graph = stage(graph)
+    graph.gm.graph.output_node().args = ((),)
+    return partition(finish(graph))
+
+
 def choose_kernels(
     graph: StageGraph,
     *,

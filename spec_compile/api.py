@@ -13,8 +13,10 @@ from spec_compile.drafts import make_draft
 from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import detect_hardware
+from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.passes.select_backend import check_backend
 from spec_compile.runtime import kv_pool
+from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -38,8 +40,8 @@ def spec_compile(
 
     Args:
         model: a causal language model on a CPU or CUDA device, in eval mode for generation.
-        draft: ``"ngram"``, a smaller causal LM with the same tokenizer (object, path or hub id), or None for compiled
-            decoding without speculation.
+        draft: ``"ngram"``, a draft head (EAGLE, DFlash) or a smaller causal LM with the same tokenizer (object, path or hub
+            id), or None for compiled decoding without speculation.
         backend: attention kernels: ``"auto"`` (by hardware and need), ``"tune"`` (the fastest, timed once on this device and
             remembered), a provider's name, or a dict of these by stage (``"prefill"``, ``"verify"``, ``"draft"``,
             ``"draft_extend"``): ``{"prefill": "flashinfer", "verify": "fa4"}``. A stage the dict leaves out is automatic.
@@ -86,7 +88,11 @@ def spec_compile(
         )  # fmt: skip
 
     source = make_draft(
-        draft, model, config, lambda lm: make(ModelRunner, lm, "draft"), lambda head: make(HeadRunner, head, "draft")
+        draft,
+        model,
+        config,
+        lambda lm: make(ModelRunner, lm, "draft"),
+        lambda head: make(DFlashRunner if isinstance(head, DFlashHead) else HeadRunner, head, "draft"),
     )
     target = make(ModelRunner, model, "verify", () if source is None else source.taps)
     model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))

@@ -22,10 +22,13 @@ from transformers import PreTrainedModel
 from spec_compile.config import RoundShape, chain
 from spec_compile.drafts.base import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.drafts.causal_lm import CausalLMDraft
+from spec_compile.drafts.dflash import DFlashDraft
 from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.dflash import random_dflash_head
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
@@ -73,7 +76,9 @@ class FakeRounds:
         model = tiny_model("llama", num_hidden_layers=1)
         head = random_eagle3_head(model, draft_vocab_size=64)
         self.target, draft = self._runner(model, "verify"), self._runner(tiny_model("llama", num_hidden_layers=1), "draft")
+        block_head = random_dflash_head(model, NUM_STEPS + 3, num_hidden_layers=2, taps=head.taps)
         self.tapped = self._runner(model, "verify", taps=head.taps)
+        blocks = self._runner(block_head, "draft", DFlashRunner)
         heads = self._runner(head, "draft", HeadRunner)
         for argmax in (True, False):
             for num_tokens in (NUM_STEPS + 1, 1):
@@ -94,7 +99,12 @@ class FakeRounds:
             for name in ("level_logits", "level_states", "pending", "pending_count"):
                 setattr(eagle, name, self._fake(getattr(eagle, name)))
         heads.extend_program(ROWS, MOST_PENDING)
-        for runner in (self.target, self.tapped, draft, heads):
+        dflash = self.drafts["dflash"] = DFlashDraft(blocks, block_head, chain(NUM_STEPS), 96)
+        blocks.drop_pool()  # the draft makes its buffers with it
+        dflash.reserve(ROWS, CAPACITY)
+        dflash.prepare(ROWS, SamplingPlan(), dflash.shape)
+        dflash.block_mask = self._fake(dflash.block_mask)
+        for runner in (self.target, self.tapped, draft, heads, blocks):
             self._to_device(runner)
         head.draft_ids = self._fake(head.draft_ids)
 
@@ -165,14 +175,14 @@ ON_DEVICE = f"fake {DEVICE.type}"
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=[f"{ON_DEVICE}, {name}" for name in PLANS])
-@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm", "eagle chain", "eagle tree"])
+@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm", "eagle chain", "eagle tree", "dflash"])
 def test_a_round_never_waits_for_the_device(rounds: FakeRounds, kind: str, plan: SamplingPlan):
     state = rounds.run(kind, plan)
     assert state.out.device.type == DEVICE.type and state.cache_len.device.type == DEVICE.type
 
 
 @pytest.mark.parametrize("plan", [PLANS["greedy"], PLANS["sampling"]], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("kind", ["causal_lm", "eagle chain", "eagle tree"])
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle chain", "eagle tree", "dflash"])
 def test_simulated_acceptance_neither(rounds: FakeRounds, kind: str, plan: SamplingPlan):
     rounds.run(kind, plan, simulate=True)
 

@@ -11,6 +11,7 @@ from stage_graphs import attention_inputs, find, mla_inputs, names, run, runtime
 from torch import Tensor
 
 from spec_compile.passes.graph import StageGraph, fake
+from spec_compile.passes.partition import partition
 from spec_compile.passes.stage import stage
 
 PAGE_SIZE = 4
@@ -151,3 +152,33 @@ def test_the_report_says_what_was_staged():
     assert stage(graph_of(False, "prefill", batch=1)).report == ["stage: 2 attention nodes over packed prompts"]
     assert stage(graph_of(False, "verify")).report == ["stage: 2 attention nodes over a chain"]
     assert stage(graph_of(True, "draft"), tree=True).report == ["stage: 1 attention nodes over a tree"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bare cache writes
+
+
+def a_write(k, v, k_cache, v_cache, page_table, cache_len):
+    torch.ops.spec_compile.kv_write(k * 2, v, k_cache, v_cache, page_table, cache_len)
+    return k
+
+
+def test_packed_writes_are_those_of_windows_at_length_zero_and_stay_between_segments():
+    """Prompts of 1, 5 and 3 tokens in one row of 9, staged, cut and run, against kv_write prompt by prompt."""
+    given = attention_inputs(batch=1, num_tokens=9)
+    del given["q"]
+    graph = partition(stage(stage_graph(a_write, "prefill", **given)))
+    assert [n for n in names(graph) if n.startswith("kv_write")] == ["kv_write_packed"], "in no segment, and nowhere twice"
+    assert "cache_len" not in runtime_inputs(graph)
+
+    k, v = torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    table, cu_seqlens = torch.randperm(9).view(3, 3).to(torch.int32), torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+    before = {(0, part): torch.randn(9, PAGE_SIZE, 2, 8) for part in ("k", "v")}
+    after, expected = clone(before), clone(before)
+    run(graph, after, k=k, v=v, page_table=table, cu_seqlens=cu_seqlens)
+    for row, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
+        window, zero = slice(first, last), torch.zeros(1, dtype=torch.int32)
+        torch.ops.spec_compile.kv_write(k[:, window] * 2, v[:, window], *expected.values(), table[row : row + 1], zero)
+    for key in before:
+        torch.testing.assert_close(after[key], expected[key], rtol=0, atol=0)
+    assert not torch.equal(after[0, "k"], before[0, "k"])

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead, check_fits
+from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 
 _NGRAM_STEPS = 7
 _STEPS = 5
+_MOST_SLOTS = 64  # of a window, see SpecConfig.num_draft_tokens
 
 
 def make_draft(
@@ -25,18 +28,19 @@ def make_draft(
     target: PreTrainedModel,
     config: SpecConfig,
     make_runner: Callable[[PreTrainedModel], ModelRunner],
-    make_head_runner: Callable[[DraftHead], HeadRunner],
+    make_head_runner: Callable[[DraftHead], HeadRunner | DFlashRunner],
 ) -> Draft | None:
     """The draft a user named.
 
     Args:
-        draft: ``"ngram"``, a draft head (EAGLE), a causal LM, the path or hub id of one, or None for no speculation.
+        draft: ``"ngram"``, a draft head (EAGLE, DFlash), a causal LM, the path or hub id of one, or None for no speculation.
         make_runner, make_head_runner: build the runner of a draft model, of a head.
 
     Raises:
         DraftError: not a draft, or one that cannot serve this target.
     """
     from spec_compile.drafts.causal_lm import CausalLMDraft
+    from spec_compile.drafts.dflash import DFlashDraft
     from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
 
@@ -57,10 +61,8 @@ def make_draft(
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
         _check_head(draft, target)
-        if draft.kind == "dflash":
-            raise DraftError(
-                "a DFlash head: heads of this kind are read but not drafted with yet; pass an EAGLE head or 'ngram'."
-            )
+        if isinstance(draft, DFlashHead):
+            return DFlashDraft(make_head_runner(draft), draft, _block_shape(config, draft), vocab_size)
         return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
     return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
 
@@ -84,9 +86,19 @@ def _check_head(head: DraftHead, target: PreTrainedModel) -> None:
     ]
     if foreign:
         raise DraftError(
-            f"the draft head reads the {' and '.join(foreign)} of another model than this target, and would draft badly. Load the "
-            "head for this target: draft=<its path or hub id>."
+            f"the draft head reads the {' and '.join(foreign)} of another model than this target, and would draft badly. Load "
+            "the head for this target: draft=<its path or hub id>."
         )
+
+
+def _block_shape(config: SpecConfig, head: DFlashHead) -> RoundShape:
+    """All drafts of a block, or the first ones."""
+    if head.block_size > _MOST_SLOTS:
+        raise DraftError(f"a DFlash head with blocks of {head.block_size} slots; at most {_MOST_SLOTS} are drafted at once.")
+    shape = _chain_only(config, "a DFlash head", min(head.num_drafts, _MOST_SLOTS - 1))
+    if shape.num_steps > head.num_drafts:
+        raise DraftError(f"num_steps={shape.num_steps}: a block of this DFlash head drafts {head.num_drafts} tokens.")
+    return shape
 
 
 def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape:

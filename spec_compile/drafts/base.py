@@ -87,12 +87,16 @@ class Draft(Protocol):
         shape: the rounds it was asked for.
         taps: hidden states of the target it reads, numbered as in ``capture_window``.
         runner: what runs its model; None without one.
+        reach: slots behind a row's newest token that it may write.
+        catches_up: rounds may leave it out: it is told of their tokens later, by ``catch_up(state)``.
     """
 
     kind: str
     shape: RoundShape
     taps: tuple[int, ...]
     runner: ModelRunner | None
+    reach: int
+    catches_up: bool
 
     def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
         """Which q ``propose`` hands over under ``plan``."""

@@ -32,9 +32,10 @@ class CausalLMDraft:
 
     kind = "causal_lm"
     taps = ()
+    catches_up = False
 
     def __init__(self, runner: ModelRunner, shape: RoundShape, vocab_size: int) -> None:
-        self.runner, self.shape, self.vocab_size = runner, shape, vocab_size
+        self.runner, self.shape, self.vocab_size, self.reach = runner, shape, vocab_size, shape.num_steps
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
         context = getattr(runner.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_position = (context or 2**31) - 1  # a draft with a shorter context drafts badly there, but drafts

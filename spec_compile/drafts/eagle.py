@@ -12,16 +12,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spec_compile.config import RoundShape
 from spec_compile.drafts.base import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
+from spec_compile.drafts.choose import choose_tokens
 from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
 from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
-from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -42,12 +41,15 @@ class EagleDraft:
         pending_count: int32 [R], how many of them count.
     """
 
+    catches_up = True
+
     def __init__(self, runner: HeadRunner, head: DraftHead, shape: RoundShape, vocab_size: int) -> None:
         choices = vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
         if shape.topk > choices:
             raise ConfigError(f"topk={shape.topk}: the draft head has a vocabulary of {choices} tokens.")
         self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
         self.kind, self.taps = head.kind, head.taps
+        self.reach = max(shape.num_steps * shape.topk, MOST_PENDING)
         self.level_logits = self.level_states = self.pending = self.pending_count = torch.empty(0)
 
     def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
@@ -130,7 +132,8 @@ class EagleDraft:
         logits, states = self.level_logits[:rows], self.level_states[:rows, None]  # [B, Vd], [B, 1, H]
         tokens, probs = [], []
         for step in range(shape.num_steps):
-            token, q = self._choose(logits, inputs.lens[step + 1], state, plan)
+            positions = inputs.lens[step + 1][:, None]
+            token, q = choose_tokens(logits[:, None], positions, state, plan, self.head.draft_ids, self.vocab_size)
             tokens.append(token)
             probs.append(q)
             if step + 1 < shape.num_steps:
@@ -142,20 +145,7 @@ class EagleDraft:
                     cache_len=inputs.lens[step],
                 )
                 logits = logits[:, 0]
-        return Proposal(torch.cat([inputs.root, *tokens], 1), torch.stack(probs, 1) if plan.do_sample else None)
-
-    def _choose(self, logits: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
-        """The next draft token [B, 1] from ``logits`` [B, Vd] and, when sampling, the law [B, V] it was drawn from."""
-        draft_ids = self.head.draft_ids
-        if not plan.do_sample:
-            ids, _ = torch.ops.spec_compile.draft_topk(logits, 1, draft_ids)
-            return ids, None
-        q = plan.probabilities(logits[:, None], state)[:, 0]  # [B, Vd]
-        token = torch.ops.spec_compile.sample_token(q, state.seed, position, DRAFT_STREAM)
-        if draft_ids is None:
-            return token[:, None], F.pad(q, (0, self.vocab_size - q.shape[1]))
-        full = q.new_zeros(q.shape[0], self.vocab_size).index_copy(1, draft_ids, q)
-        return draft_ids[token][:, None], full
+        return Proposal(torch.cat([inputs.root, *tokens], 1), torch.cat(probs, 1) if plan.do_sample else None)
 
     def _propose_tree(self, state: DecodeState, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         ops = torch.ops.spec_compile

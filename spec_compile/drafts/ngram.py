@@ -26,6 +26,8 @@ class NgramDraft:
 
     taps = ()
     runner = None
+    reach = 0
+    catches_up = False
 
     def __init__(self, shape: RoundShape, min_ngram: int, max_ngram: int) -> None:
         self.shape, self.min_ngram, self.max_ngram = shape, min_ngram, max_ngram

@@ -87,10 +87,8 @@ class Engine:
 
     @property
     def reach(self) -> int:
-        """Slots that a round may touch past the last token that counts: the verified window's, the drafted tree's, or those
-        of a head that catches up."""
-        pending = MOST_PENDING if self.target.taps else 0
-        return max(self.shape.num_draft_tokens, self.shape.num_steps * self.shape.topk, pending) + 2
+        """Slots that a round may touch past the last token that counts: the verified window's, or those of the draft."""
+        return max(self.shape.num_draft_tokens, 0 if self.draft is None else self.draft.reach) + 2
 
     def bucket(self, batch: int) -> int:
         """Rows of the graph that serves ``batch`` rows: the next power of two on a GPU, the batch itself on a CPU."""
@@ -204,7 +202,7 @@ class Engine:
     @property
     def chooses(self) -> bool:
         """Whether rounds may leave drafts out: not where the draft is a model that would miss the tokens of such a round
-        (a causal LM), nor on a CPU for a head, nor where a mean accept length is decreed for every round."""
+        (a causal LM, a DFlash head), nor on a CPU for a head, nor where a mean accept length is decreed for every round."""
         if self.draft is None or not self.config.adaptive or self.config.simulate_accept_length is not None:
             return False
         return self.draft.kind == "ngram" or self._leaves_out
@@ -212,7 +210,7 @@ class Engine:
     @property
     def _leaves_out(self) -> bool:
         """Whether the draft is a head that keeps what plain rounds tell it for later."""
-        return bool(self.target.taps) and self.hardware.is_cuda
+        return self.draft is not None and self.draft.catches_up and self.hardware.is_cuda
 
     def policy(self, state: DecodeState, plan: SamplingPlan) -> DraftPolicy:
         """What chooses among ``round_shapes`` for this bucket and plan; it remembers earlier requests."""

@@ -66,10 +66,14 @@ class ModelRunner:
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
         self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
-        # Fails early on a model that cannot be captured or has no kernels, and tells the layout of the caches.
+        self._layouts = kv_pool.layouts(self._first_choices())
+
+    def _first_choices(self) -> list[Choice]:
+        """Providers of every layer in one stage, which tell the layout of the caches. Fails early on a model that cannot be
+        captured or has no kernels."""
         self.prefill_program(argmax=False)
-        self._layouts = kv_pool.layouts(self.choices["prefill"])
         self._check_window_stages()
+        return self.choices["prefill"]
 
     def _check_window_stages(self) -> None:
         """Ask for single tokens what can be asked before windows are captured, so that a forced provider fails at once."""
