@@ -58,6 +58,8 @@ class SpecConfig:
         min_ngram, max_ngram: n-gram drafting looks for the longest repeated suffix of max_ngram down to min_ngram tokens.
         compile: ``"inductor"`` compiles the graphs' segments; ``"none"`` runs them as captured (tests, quick starts).
         cuda_graphs: on CUDA, replay each round as one CUDA graph; False launches its kernels one by one.
+        verification: how sampled chains of a draft model are judged, both exactly: ``"token"`` by token (Leviathan et al.
+            2211.17192), ``"block"`` as a whole (Sun et al. 2403.10444), which keeps at least as many on average.
         adaptive: choose the shape of each round, plain decoding included, by the acceptance seen and the round times measured
             (n-grams anywhere, EAGLE heads on a GPU); False always drafts as asked. A simulated mean accept length fixes it too.
         max_prefill_tokens: prompts are prefilled in groups of rows of at most this many tokens together.
@@ -81,6 +83,7 @@ class SpecConfig:
     max_ngram: int = 4
     compile: str = "inductor"
     cuda_graphs: bool = True
+    verification: str = "token"
     adaptive: bool = True
     max_prefill_tokens: int = 8192
     page_size: int = 64
@@ -107,6 +110,8 @@ class SpecConfig:
             raise ConfigError(f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram.")
         if self.compile not in ("inductor", "none"):
             raise ConfigError(f"compile={self.compile!r}: choose 'inductor' or 'none'.")
+        if self.verification not in ("token", "block"):
+            raise ConfigError(f"verification={self.verification!r}: choose 'token' or 'block'.")
         if self.page_size < 16 or self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size={self.page_size}: a power of two of at least 16.")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:

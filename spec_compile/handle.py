@@ -289,6 +289,7 @@ def _request(call: GenerateCall, engine: Engine) -> Request:
         use_top_p=call.top_p < 1.0,
         use_min_p=call.min_p > 0.0,
         use_min_len=call.min_length > 0,
+        block=call.do_sample and engine.config.verification == "block",
     )
     return Request(
         prompts=[ids[row, padded - length :] for row, length in enumerate(call.prompt_lens)],

@@ -89,7 +89,7 @@ def fit(
 def reshape(model: PreTrainedModel, **options: object) -> None:
     """Let a compiled model draft rounds of another shape. What was captured stays: capturing is most of a test's time."""
     engine = model.spec._engine
-    config = dataclasses.replace(engine.config, **{"topk": 1, "num_draft_tokens": None, **options})
+    config = dataclasses.replace(engine.config, **{"topk": 1, "num_draft_tokens": None, "verification": "token", **options})
     draft = EagleDraft(engine.draft.runner, engine.draft.head, config.round_shape(5), engine.draft.vocab_size)
     model.spec._engine = Engine(engine.target, draft, engine.compiler, engine.hardware, config)
 

@@ -175,7 +175,7 @@ def test_medusa_heads_are_recognised(tmp_path: Path):
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DraftError, match="'somebody/no-such-head' is neither a directory nor a repository"):
+    with pytest.raises(DraftError, match="'somebody/no-such-head' is neither 'ngram' nor a directory nor"):
         load_draft_head("somebody/no-such-head", target())
 
 

@@ -42,6 +42,17 @@ def test_sampled_text_follows_the_models_law(model: PreTrainedModel, shape: str,
     assert 1.0 < model.spec.stats().accept_length < 3.0, "drafts must be accepted and rejected for this to mean anything"
 
 
+def test_block_verification_keeps_the_law_and_more_drafts(model: PreTrainedModel) -> None:
+    """The same head judged both ways; a block keeps at least as many on average."""
+    settings, warpers = SETTINGS["plain"]
+    expected, kept = law(target(), warpers), {}
+    for verification in ("token", "block"):
+        reshape(model, **options_of("2/1/3"), verification=verification)
+        assert distance(model, expected, 2500, settings) < 1.5 * noise_level(expected, 2500), verification
+        kept[verification] = model.spec.stats().accept_length  # of the last 500 rows
+    assert kept["block"] > kept["token"] - 0.1, kept
+
+
 def test_top_k_beyond_the_draft_vocabulary(model: PreTrainedModel) -> None:
     """The head has six tokens; a top-k of seven keeps all of its and cuts one of the target's."""
     expected = law(target(), [TopKLogitsWarper(7)])

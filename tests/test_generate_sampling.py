@@ -82,6 +82,15 @@ def test_sampled_text_follows_the_models_law(draft: str, name: str) -> None:
     assert 1.0 < model.spec.stats().accept_length < 3.0, "drafts must be accepted and rejected for this to mean anything"
 
 
+def test_blocks_of_a_causal_lm_follow_the_law_too() -> None:
+    settings, warpers = SETTINGS["plain"]
+    model = spec_compile(target(), draft=target(seed=1), num_steps=2, compile="none", verification="block")
+    expected = law(target(), warpers)
+    for samples in (500, 4000):
+        assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples), samples
+    assert 1.0 < model.spec.stats().accept_length < 3.0
+
+
 def test_a_wrong_q_is_found(monkeypatch) -> None:
     """A draft that picks its favourite but declares the whole distribution as q breaks the law, and the check sees it."""
     honest = CausalLMDraft.propose

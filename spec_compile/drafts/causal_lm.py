@@ -103,7 +103,7 @@ class CausalLMDraft:
         if not plan.do_sample:
             return logits.argmax(-1), None
         q = plan.probabilities(logits[:, None], state)[:, 0]
-        return torch.ops.spec_compile.sample_token(q, state.seed, position, DRAFT_STREAM), q
+        return torch.ops.spec_compile.sample_token(q, plan.draft_seed(state), position, DRAFT_STREAM), q
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         return None

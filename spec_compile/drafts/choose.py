@@ -32,7 +32,7 @@ def choose_tokens(
         ids, _ = torch.ops.spec_compile.draft_topk(logits.flatten(0, 1), 1, draft_ids)
         return ids.view(shape), None
     q = plan.probabilities(logits, state)  # [B, N, Vd]
-    seeds = state.seed[:, None].expand(shape).reshape(-1)
+    seeds = plan.draft_seed(state)[:, None].expand(shape).reshape(-1)
     tokens = torch.ops.spec_compile.sample_token(q.flatten(0, 1), seeds, positions.reshape(-1), DRAFT_STREAM).view(shape)
     if draft_ids is None:
         return tokens, F.pad(q, (0, vocab_size - q.shape[2]))

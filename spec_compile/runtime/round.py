@@ -10,6 +10,7 @@ from torch import Tensor
 from spec_compile.config import RoundShape
 from spec_compile.drafts.base import Draft, Proposal, RoundInputs, Tree, Verified
 from spec_compile.ops import accept as accept_ops  # registers spec_compile::accept_greedy, …
+from spec_compile.ops import accept_block as accept_block_ops
 from spec_compile.ops import accept_tree as accept_tree_ops
 from spec_compile.ops import kv_cache as kv_cache_ops
 from spec_compile.ops import round_inputs as round_inputs_ops
@@ -18,6 +19,7 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 __all__ = [
+    "accept_block_ops",
     "accept_ops",
     "accept_tree_ops",
     "commit",
@@ -127,7 +129,9 @@ def _accept(proposal: Proposal, result: Tensor, state: DecodeState, plan: Sampli
                 window, tree.parents, probs, state.seed, state.cache_len, shape.num_steps + 1
             )
             return Accepted(emitted, length, path)
-        emitted, length = ops.accept_sampled(window, proposal.probs, probs, state.seed, state.cache_len)
+        judge = ops.accept_block if plan.block and proposal.probs is not None else ops.accept_sampled
+        seed = state.seed if proposal.probs is None else plan.draft_seed(state)
+        emitted, length = judge(window, proposal.probs, probs, seed, state.cache_len)
         return Accepted(emitted, length, None)
     ids = result if plan.ids_only else plan.restrict(result, state, depth).argmax(-1)
     if tree is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spec_compile.ops.accept_block import round_seed
 from spec_compile.ops.sampling import suppress_tokens, warp_logits
 
 
@@ -20,6 +21,7 @@ class SamplingPlan:
         max_top_k: 0 for no top-k, else a bound of every row's ``top_k``.
         use_top_p, use_min_p: whether any row filters so.
         use_min_len: whether end-of-sequence is forbidden for a while (``min_new_tokens``).
+        block: whether drafts that were drawn from a law are judged as a block.
     """
 
     do_sample: bool = False
@@ -27,6 +29,11 @@ class SamplingPlan:
     use_top_p: bool = False
     use_min_p: bool = False
     use_min_len: bool = False
+    block: bool = False
+
+    def draft_seed(self, state: DecodeState) -> Tensor:
+        """Seeds of what a round draws drafts with, int64 [B]: the rows' own, or the round's where blocks are judged."""
+        return round_seed(state.seed, state.cache_len) if self.block else state.seed
 
     @property
     def ids_only(self) -> bool:
