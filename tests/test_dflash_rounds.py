@@ -4,11 +4,14 @@ the head's own forward, the cache holds what the target's states make, and sampl
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from dflash_heads import block_states, fit_blocks, own_vocabulary
+from draft_files import VOCAB, target_for, write
 from heads import target_states
+from test_draft_dflash import WEIGHTS, zlab
 from test_generate_sampling import SETTINGS, V, distance, law, noise_level, target
 from tiny import ids_inside_windows, left_padded, tiny_model
 from torch import Tensor
@@ -250,6 +253,15 @@ def test_what_a_block_cannot_do(block_size: int, options: dict[str, object], mes
     with pytest.raises(DraftError, match=message):
         spec_compile(model, draft=random_dflash_head(model, block_size), compile="none", **options)
     assert not hasattr(model, "spec")
+
+
+def test_a_published_checkpoint_by_its_path(tmp_path: Path) -> None:
+    path = write(tmp_path, *zlab())
+    reference, model = target_for(WEIGHTS), spec_compile(target_for(WEIGHTS), draft=str(path), compile="none")
+    inputs = left_padded(2, PROMPT, vocab_size=VOCAB)
+    plain, ours = (m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (reference, model))
+    assert torch.equal(plain, ours) and model.spec.stats().rounds > 0
+    assert "draft: dflash, 3 tokens a round" in model.spec.explain()
 
 
 def test_every_round_drafts(taught: Pair) -> None:
