@@ -103,7 +103,8 @@ def test_children_come_in_the_drafts_order():
 
 
 def test_a_call_in_lockstep_leaves_no_tree_of_the_call_before(watched) -> None:
-    model = watched[0]
+    model, head, *_ = watched
+    spec_compile(model, draft=head, num_steps=4, topk=3, num_draft_tokens=9, compile="none")
     model.generate(PROMPT, max_new_tokens=4, do_sample=False)
     assert model.spec.last_tree() is not None
     model.generate(PROMPT, max_new_tokens=4, do_sample=False, repetition_penalty=1.3)
