@@ -1,0 +1,443 @@
+"""Triton kernels of gated delta nets. Launchers take their op's arguments, documented in ``ops/linear_attention.py``.
+
+A program holds a tile of one head's state, [BLOCK_V, D], and reads it once for a whole window, tree or chain: the window's
+inner dependence is a unit lower triangular system of N × N, inverted in log2(N) steps of two products each. The commit replays
+the tokens that stand, one behind another, over such a tile.
+
+Names in shape comments: N window or chunk tokens (padded to BLOCK_N), D key dim, V a tile of the value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spec_compile.ops.kernels.tree_mask import visible_columns
+
+CHUNK = 64  # prompt tokens a step
+_EPSILON = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _unit_length(x):
+    """Rows of [N, D] scaled to length 1."""
+    return x * tl.rsqrt(tl.sum(x * x, 1) + _EPSILON)[:, None]
+
+
+@triton.jit
+def _gates(a, b, a_log, dt_bias):
+    """Log-decay and strength, float32, as ``ops.linear_attention.gates``."""
+    x = a.to(tl.float32) + dt_bias.to(tl.float32)
+    e = tl.exp(tl.minimum(x, 20.0))
+    small = e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25)))  # log1p where 1 + e would round e away
+    softplus = tl.where(x > 20.0, x, tl.where(e < 0.01, small, tl.log(1.0 + e)))
+    return -tl.exp(a_log.to(tl.float32)) * softplus, tl.sigmoid(b.to(tl.float32))
+
+
+@triton.jit
+def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + system)⁻¹ of a strictly lower triangular [N, N]: inverses of diagonal blocks, joined two by two."""
+    row = tl.arange(0, BLOCK_N)[:, None]
+    col = tl.arange(0, BLOCK_N)[None, :]
+    inverse = tl.where(row == col, 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        size = 1 << level
+        below = (row // (2 * size) == col // (2 * size)) & ((row // size) % 2 == 1) & ((col // size) % 2 == 0)
+        block = tl.where(below, system, 0.0)
+        if level == 0:
+            inverse -= block
+        else:
+            right = tl.dot(block, inverse, input_precision=PRECISION)
+            inverse -= tl.dot(inverse, right, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def _window(
+    q, k, v, g, beta, state, visible, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Outputs [N, V] of a window over ``state`` [V, D]; also u [N, V], the summed decays [N] and keys of unit length."""
+    index = tl.arange(0, BLOCK_N)
+    q = _unit_length(q)
+    k = _unit_length(k)
+    total = tl.sum(tl.where(visible, g[None, :], 0.0), 1)  # [N]
+    between = tl.where(visible, tl.exp(total[:, None] - total[None, :]), 0.0)
+    strict = tl.where(index[:, None] == index[None, :], 0.0, between)
+    system = beta[:, None] * strict * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    decay = tl.exp(total)[:, None]
+    right = beta[:, None] * (v - decay * tl.dot(k, tl.trans(state), input_precision=PRECISION))
+    u = tl.dot(_inverse(system, BLOCK_N, LEVELS, PRECISION), right, input_precision=PRECISION)
+    weights = between * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    out = decay * tl.dot(q, tl.trans(state), input_precision=PRECISION) + tl.dot(weights, u, input_precision=PRECISION)
+    return out, u, total, k
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+@triton.jit
+def _verify_kernel(
+    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, state_ptr, kv_window_ptr, gate_window_ptr, slot_ptr, mask_ptr,
+    out_ptr, scale,
+    q_sb, q_sn, q_sh, k_sb, k_sn, k_sh, v_sb, v_sn, v_sh, a_sb, a_sn, b_sb, b_sn, kv_ss, gate_ss,
+    N, VALUE_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    WORDS: tl.constexpr, HAS_TREE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    key_head = head // GROUP
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    value = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    valid = token < N
+    keys = valid[:, None] & (dim < D)[None, :]
+    values = valid[:, None] & (value < DV)[None, :]
+
+    q = tl.load(q_ptr + row * q_sb + token[:, None] * q_sn + key_head * q_sh + dim[None, :], mask=keys, other=0.0)
+    k = tl.load(k_ptr + row * k_sb + token[:, None] * k_sn + key_head * k_sh + dim[None, :], mask=keys, other=0.0)
+    v = tl.load(v_ptr + row * v_sb + token[:, None] * v_sn + head * v_sh + value[None, :], mask=values, other=0.0)
+    a = tl.load(a_ptr + row * a_sb + token * a_sn + head, mask=valid, other=0.0)
+    b = tl.load(b_ptr + row * b_sb + token * b_sn + head, mask=valid, other=0.0)
+    g, beta = _gates(a, b, tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head))
+
+    # What the commit will replay. A key head is shared by GROUP value heads: its first one writes it.
+    width: tl.constexpr = VALUE_HEADS // GROUP * D + VALUE_HEADS * DV
+    entry = kv_window_ptr + slot * kv_ss + token[:, None] * width
+    tl.store(entry + (VALUE_HEADS // GROUP * D + head * DV) + value[None, :], v, mask=values)
+    if tile == 0:
+        gate = gate_window_ptr + slot * gate_ss + token * (2 * VALUE_HEADS) + head
+        tl.store(gate, g, mask=valid)
+        tl.store(gate + VALUE_HEADS, beta, mask=valid)
+        if head % GROUP == 0:
+            tl.store(entry + key_head * D + dim[None, :], k, mask=keys)
+
+    visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, token, valid, WORDS, 1, WORDS, HAS_TREE)
+    place = ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
+    state = tl.load(state_ptr + place, mask=(value < DV)[:, None] & (dim < D)[None, :], other=0.0)  # [V, D]
+    q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    out, _, _, _ = _window(q, k, v, g, beta, state, visible, BLOCK_N, LEVELS, PRECISION)
+    at = ((row * N + token)[:, None] * VALUE_HEADS + head) * DV + value[None, :]
+    tl.store(out_ptr + at, (out * scale).to(out_ptr.dtype.element_ty), mask=values)
+
+
+def gdn_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    kv_window: Tensor,
+    gate_window: Tensor,
+    state_slot: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    batch, num_tokens, key_heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
+    out = q.new_empty(v.shape)
+    block_n = max(16, triton.next_power_of_2(num_tokens))
+    block_v = _value_tile(batch * value_heads, value_dim)
+    _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
+        q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, _or_any(tree_mask, state_slot), out, scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2],
+        kv_window.stride(0), gate_window.stride(0),
+        num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
+        block_n, block_n.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v,
+        (num_tokens + 31) // 32, tree_mask is not None, _precision(q),
+        num_warps=4 if block_n <= 32 else 8,
+    )  # fmt: skip
+    return out
+
+
+def _value_tile(tiles: int, value_dim: int) -> int:
+    """Value dims of a program: narrow while that fills the device, wide when heads and rows do it alone."""
+    widest = max(16, triton.next_power_of_2(value_dim))
+    return min(widest, 16 if tiles < 128 else 32)
+
+
+def _precision(x: Tensor) -> str:
+    """How products of float32 are computed: exactly, or as three of tf32, which is as good, where tensor cores have it."""
+    return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _or_any(x: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that kernels may do sums with, never loads."""
+    return other if x is None else x
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _conv_verify_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, window_ptr, slot_ptr, mask_ptr, out_ptr,
+    x_sb, x_sn, x_sc, state_ss, window_ss, N, C,
+    TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    WORDS: tl.constexpr, HAS_TREE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    valid, inside = token < N, channel < C
+    visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, token, valid, WORDS, 1, WORDS, HAS_TREE)
+    depth = tl.sum(visible.to(tl.int32), 1)  # ancestors and self
+    nearest = token  # the ancestor that the tap reads, -1 before the window
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for back in tl.static_range(TAPS):
+        if back > 0:
+            earlier = visible & (token[None, :] < nearest[:, None])
+            nearest = tl.max(tl.where(earlier, token[None, :], -1), 1)
+        here = (valid & (nearest >= 0))[:, None] & inside[None, :]
+        x = tl.load(x_ptr + row * x_sb + nearest[:, None] * x_sn + channel[None, :] * x_sc, mask=here, other=0.0)
+        if back == 0:
+            tl.store(window_ptr + slot * window_ss + token[:, None] * C + channel[None, :], x, mask=here)
+        stored = TAPS - 2 - (back - depth)  # of TAPS - 1 inputs, the newest last
+        before = (valid & (nearest < 0))[:, None] & inside[None, :]
+        old = tl.load(state_ptr + slot * state_ss + stored[:, None] * C + channel[None, :], mask=before, other=0.0)
+        tap = tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - back), mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(here, x.to(tl.float32), old.to(tl.float32)) * tap[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = total * tl.sigmoid(total)
+    at = (row * N + token)[:, None] * C + channel[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+
+
+def conv_verify(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    conv_window: Tensor,
+    state_slot: Tensor,
+    tree_mask: Tensor | None,
+) -> Tensor:
+    batch, num_tokens, channels = x.shape
+    out = x.new_empty(x.shape)
+    block_n = max(2, triton.next_power_of_2(num_tokens))
+    block_c = 64 if block_n <= 16 else 32
+    _conv_verify_kernel[(triton.cdiv(channels, block_c), batch)](
+        x, weight.contiguous(), bias, conv_state, conv_window, state_slot, _or_any(tree_mask, state_slot), out,
+        *x.stride(), conv_state.stride(0), conv_window.stride(0), num_tokens, channels,
+        weight.shape[1], block_n, block_c, (num_tokens + 31) // 32, tree_mask is not None, bias is not None,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _commit_kernel(
+    state_ptr, conv_ptr, kv_window_ptr, gate_window_ptr, conv_window_ptr, slot_ptr, path_ptr, count_ptr,
+    state_sl, conv_sl, kv_sl, gate_sl, conv_window_sl, kv_ss, gate_ss, conv_window_ss, conv_ss,
+    C, PATH_LENGTH, VALUE_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, HAS_PATH: tl.constexpr,
+):  # fmt: skip
+    tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    layer, head = (tl.program_id(1) // VALUE_HEADS).to(tl.int64), tl.program_id(1) % VALUE_HEADS
+    count = tl.load(count_ptr + row)
+    if count == 0:
+        return
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    value = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (value < DV)[:, None] & (dim < D)[None, :]
+    place = state_ptr + layer * state_sl + ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
+    state = tl.load(place, mask=inside, other=0.0)  # [V, D]
+    width: tl.constexpr = VALUE_HEADS // GROUP * D + VALUE_HEADS * DV
+    entries = kv_window_ptr + layer * kv_sl + slot * kv_ss
+    gate = gate_window_ptr + layer * gate_sl + slot * gate_ss + head
+    for step in range(count):
+        node = tl.load(path_ptr + row * PATH_LENGTH + step) if HAS_PATH else step
+        k = tl.load(entries + node * width + (head // GROUP) * D + dim, mask=dim < D, other=0.0).to(tl.float32)
+        at = node * width + VALUE_HEADS // GROUP * D + head * DV + value
+        v = tl.load(entries + at, mask=value < DV, other=0.0).to(tl.float32)
+        k = k * tl.rsqrt(tl.sum(k * k, 0) + _EPSILON)
+        state *= tl.exp(tl.load(gate + node * (2 * VALUE_HEADS)))
+        u = tl.load(gate + node * (2 * VALUE_HEADS) + VALUE_HEADS) * (v - tl.sum(state * k[None, :], 1))
+        state += u[:, None] * k[None, :]
+    tl.store(place, state, mask=inside)
+
+    if tile == 0:  # each head's first program also moves its share of the convolution's inputs
+        channel = head * tl.cdiv(C, VALUE_HEADS) + tl.arange(0, BLOCK_C)
+        mine = (tl.arange(0, BLOCK_C) < tl.cdiv(C, VALUE_HEADS)) & (channel < C)
+        kept = tl.arange(0, BLOCK_K)
+        source = kept + count  # among the stored inputs and, behind them, those that stand
+        old = (source < STORED)[:, None] & (kept < STORED)[:, None] & mine[None, :]
+        new = (source >= STORED)[:, None] & (kept < STORED)[:, None] & mine[None, :]
+        step = source - STORED
+        if HAS_PATH:
+            step = tl.load(path_ptr + row * PATH_LENGTH + step, mask=(step >= 0) & (kept < STORED), other=0)
+        states = conv_ptr + layer * conv_sl + slot * conv_ss
+        moved = tl.load(states + source[:, None] * C + channel[None, :], mask=old, other=0.0)
+        fresh = conv_window_ptr + layer * conv_window_sl + slot * conv_window_ss
+        taken = tl.load(fresh + step[:, None] * C + channel[None, :], mask=new, other=0.0)
+        tl.debug_barrier()  # all have read what others now overwrite
+        result = tl.where(old, moved, taken.to(moved.dtype))
+        tl.store(states + kept[:, None] * C + channel[None, :], result, mask=old | new)
+
+
+def gdn_commit(
+    state: Tensor,
+    conv_state: Tensor,
+    kv_window: Tensor,
+    gate_window: Tensor,
+    conv_window: Tensor,
+    state_slot: Tensor,
+    path: Tensor | None,
+    count: Tensor,
+) -> None:
+    layers, _, value_heads, value_dim, key_dim = state.shape
+    key_heads = (kv_window.shape[-1] - value_heads * value_dim) // key_dim
+    channels, stored = conv_state.shape[-1], conv_state.shape[2]
+    block_v = _value_tile(layers * value_heads * count.shape[0], value_dim)
+    _commit_kernel[(triton.cdiv(value_dim, block_v), layers * value_heads, count.shape[0])](
+        state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count,
+        *(x.stride(0) for x in (state, conv_state, kv_window, gate_window, conv_window)),
+        *(x.stride(1) for x in (kv_window, gate_window, conv_window, conv_state)),
+        channels, 0 if path is None else path.shape[1], value_heads, value_heads // key_heads, key_dim, value_dim, stored,
+        max(16, triton.next_power_of_2(key_dim)), block_v, triton.next_power_of_2(stored),
+        triton.next_power_of_2(triton.cdiv(channels, value_heads)), path is not None,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, state_ptr, slot_ptr, cu_seqlens_ptr, out_ptr, scale,
+    q_st, q_sh, k_st, k_sh, v_st, v_sh, a_st, b_st,
+    VALUE_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    key_head = head // GROUP
+    first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    index = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    value = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    a_log, dt_bias = tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head)
+    causal = index[None, :] <= index[:, None]
+    state = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for start in range(first, end, BLOCK_N):
+        token = start + index
+        valid = token < end
+        keys = valid[:, None] & (dim < D)[None, :]
+        values = valid[:, None] & (value < DV)[None, :]
+        q = tl.load(q_ptr + token[:, None] * q_st + key_head * q_sh + dim[None, :], mask=keys, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + token[:, None] * k_st + key_head * k_sh + dim[None, :], mask=keys, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + token[:, None] * v_st + head * v_sh + value[None, :], mask=values, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + token * a_st + head, mask=valid, other=0.0)
+        b = tl.load(b_ptr + token * b_st + head, mask=valid, other=0.0)
+        g, beta = _gates(a, b, a_log, dt_bias)
+        g, beta = tl.where(valid, g, 0.0), tl.where(valid, beta, 0.0)  # tokens behind the prompt change nothing
+        out, u, total, k = _window(q, k, v, g, beta, state, causal, BLOCK_N, LEVELS, PRECISION)
+        at = (token[:, None] * VALUE_HEADS + head) * DV + value[None, :]
+        tl.store(out_ptr + at, (out * scale).to(out_ptr.dtype.element_ty), mask=values)
+        whole = tl.sum(g, 0)
+        weighted = tl.exp(whole - total)[:, None] * u  # [N, V]
+        state = tl.exp(whole) * state + tl.dot(tl.trans(weighted), k, input_precision=PRECISION)
+    place = ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
+    tl.store(state_ptr + place, state, mask=(value < DV)[:, None] & (dim < D)[None, :])
+
+
+def gdn_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_slot: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Tensor:
+    key_heads, key_dim = q.shape[1:]
+    value_heads, value_dim = v.shape[1:]
+    rows = cu_seqlens.shape[0] - 1
+    q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
+    out = q.new_empty(v.shape)
+    block_v = min(max(16, triton.next_power_of_2(value_dim)), 32)
+    _prefill_kernel[(triton.cdiv(value_dim, block_v), value_heads, rows)](
+        q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, out, scale,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
+        value_heads, value_heads // key_heads, key_dim, value_dim,
+        CHUNK, CHUNK.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v, _precision(q),
+        num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _conv_prefill_kernel(
+    x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr, out_ptr, x_st, x_sc, T, C, rows,
+    TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    first = tl.zeros((BLOCK_T,), tl.int64)  # of the token's prompt
+    for row in range(rows):
+        start = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+        first = tl.where(token >= start, start, first)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for back in tl.static_range(TAPS):
+        here = ((token < T) & (token - back >= first))[:, None] & inside[None, :]
+        x = tl.load(x_ptr + (token - back)[:, None] * x_st + channel[None, :] * x_sc, mask=here, other=0.0)
+        tap = tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - back), mask=inside, other=0.0).to(tl.float32)
+        total += x.to(tl.float32) * tap[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = total * tl.sigmoid(total)
+    keep = (token < T)[:, None] & inside[None, :]
+    tl.store(out_ptr + token[:, None] * C + channel[None, :], total.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _conv_tail_kernel(
+    x_ptr, state_ptr, slot_ptr, cu_seqlens_ptr, x_st, x_sc, state_ss, C,
+    STORED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(1)
+    first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    kept = tl.arange(0, BLOCK_K)
+    token = end - STORED + kept
+    mine = (kept < STORED)[:, None] & (channel < C)[None, :]
+    x = tl.load(x_ptr + token[:, None] * x_st + channel[None, :] * x_sc, mask=mine & (token >= first)[:, None], other=0.0)
+    place = state_ptr + slot * state_ss + kept[:, None] * C + channel[None, :]
+    tl.store(place, x.to(state_ptr.dtype.element_ty), mask=mine)
+
+
+def conv_prefill(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_slot: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    num_tokens, channels = x.shape
+    rows, taps = cu_seqlens.shape[0] - 1, weight.shape[1]
+    out = x.new_empty(x.shape)
+    block_t, block_c = 32, 128
+    _conv_prefill_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(channels, block_c))](
+        x, weight.contiguous(), bias, cu_seqlens, out, *x.stride(), num_tokens, channels, rows,
+        taps, block_t, block_c, bias is not None,
+    )  # fmt: skip
+    _conv_tail_kernel[(triton.cdiv(channels, block_c), rows)](
+        x, conv_state, state_slot, cu_seqlens, *x.stride(), conv_state.stride(0), channels,
+        taps - 1, triton.next_power_of_2(taps - 1), block_c,
+    )  # fmt: skip
+    return out
