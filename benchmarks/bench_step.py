@@ -32,7 +32,7 @@ from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import detect_hardware
 from spec_compile.ops import providers
 from spec_compile.passes.graph import fake
-from spec_compile.passes.select_backend import attention_nodes
+from spec_compile.passes.select_backend import provided_nodes
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler, StageProgram
 
@@ -76,7 +76,7 @@ def without_attention(program: StageProgram, runner: ModelRunner) -> StageProgra
     """The same segments, with a constant of the right shape where each attention op's output was: no kernel runs for it."""
     graph = program.graph.copy()
     constants: dict[tuple, str] = {}
-    for node in attention_nodes(graph):
+    for node in provided_nodes(graph):
         value = fake(node)
         shape = tuple(value.shape)
         if shape not in constants:

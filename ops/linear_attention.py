@@ -134,8 +134,7 @@ def _save_window(
     gate_window[slots, :num_tokens] = torch.cat([g, beta], -1)
 
 
-@torch.library.custom_op("spec_compile::gdn_verify", mutates_args=("kv_window", "gate_window"))
-def gdn_verify(
+def verify_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,6 +168,9 @@ def gdn_verify(
     _save_window(k, v, g, beta, kv_window, gate_window, state_slot)
     visible = window_visibility(tree_mask, q.shape[0], q.shape[1], q.device)
     return window_delta_rule(q, k, v, g, beta, state[state_slot.long()], visible, scale).to(q.dtype).contiguous()
+
+
+gdn_verify = torch.library.custom_op("spec_compile::gdn_verify", verify_reference, mutates_args=("kv_window", "gate_window"))
 
 
 @gdn_verify.register_fake
@@ -216,6 +218,13 @@ def conv_verify(
 @conv_verify.register_fake
 def conv_verify_fake(x, weight, bias, conv_state, conv_window, state_slot, tree_mask) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@conv_verify.register_kernel("cuda")
+def conv_verify_cuda(x, weight, bias, conv_state, conv_window, state_slot, tree_mask):
+    from spec_compile.ops.kernels import gdn  # here, so that machines without Triton can import this module
+
+    return gdn.conv_verify(x, weight, bias, conv_state, conv_window, state_slot, tree_mask)
 
 
 def _conv_sources(tree_mask: Tensor | None, batch: int, num_tokens: int, taps: int, device: torch.device) -> Tensor:
@@ -274,12 +283,18 @@ def gdn_commit_fake(state, conv_state, kv_window, gate_window, conv_window, stat
     return None
 
 
+@gdn_commit.register_kernel("cuda")
+def gdn_commit_cuda(state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count):
+    from spec_compile.ops.kernels import gdn  # here, so that machines without Triton can import this module
+
+    return gdn.gdn_commit(state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
-@torch.library.custom_op("spec_compile::gdn_prefill", mutates_args=("state",))
-def gdn_prefill(
+def prefill_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -318,6 +333,9 @@ def gdn_prefill(
     return out
 
 
+gdn_prefill = torch.library.custom_op("spec_compile::gdn_prefill", prefill_reference, mutates_args=("state",))
+
+
 @gdn_prefill.register_fake
 def gdn_prefill_fake(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale) -> Tensor:
     return q.new_empty(v.shape)
@@ -353,3 +371,10 @@ def conv_prefill(
 @conv_prefill.register_fake
 def conv_prefill_fake(x, weight, bias, conv_state, state_slot, cu_seqlens) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@conv_prefill.register_kernel("cuda")
+def conv_prefill_cuda(x, weight, bias, conv_state, state_slot, cu_seqlens):
+    from spec_compile.ops.kernels import gdn  # here, so that machines without Triton can import this module
+
+    return gdn.conv_prefill(x, weight, bias, conv_state, state_slot, cu_seqlens)

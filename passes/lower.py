@@ -15,7 +15,7 @@ from spec_compile.errors import BackendError
 from spec_compile.ops import providers
 from spec_compile.ops.providers import Lowered
 from spec_compile.passes.graph import StageGraph, fake, finish
-from spec_compile.passes.select_backend import attention_nodes
+from spec_compile.passes.select_backend import provided_nodes
 
 Plans = dict[tuple, tuple[fx.Node, ...]]  # (plan op, row arguments, constants) -> the nodes of its outputs
 
@@ -27,15 +27,16 @@ def lower(graph: StageGraph) -> StageGraph:
         BackendError: a node has no provider, or a provider handed back the generic op.
     """
     plans: Plans = {}
-    for node in attention_nodes(graph):
+    for node in provided_nodes(graph):
         name = node.meta.get("provider")
         if name is None:
             raise BackendError(f"attention node {node.name} of the {graph.stage} graph has no provider; run select_backend.")
-        lowered = providers.as_lowered(providers.load(name).lower(node.meta["attention_node"]))
+        described = node.meta["attention_node"]
+        lowered = providers.as_lowered(providers.load_for(described, name).lower(described))
         node.target = lowered.op
         if lowered.plan is not None:
             node.args = (*node.args, *_plan_outputs(node, lowered, plans))
-    left = attention_nodes(graph)
+    left = provided_nodes(graph)
     if left:
         raise BackendError(f"generic attention ops are left in the {graph.stage} graph: {[n.name for n in left]}.")
     shared = f", {len(plans)} planned once for all layers" if plans else ""

@@ -21,7 +21,7 @@ from torch.fx.passes.split_module import split_module
 
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.passes.graph import StageGraph, fake, placeholders
-from spec_compile.passes.select_backend import is_attention
+from spec_compile.passes.select_backend import needs_provider
 
 __all__ = ["kv_cache_ops", "partition", "segment_key"]
 
@@ -54,7 +54,7 @@ def partition(graph: StageGraph) -> StageGraph:
 
 def _is_cut(node: fx.Node) -> bool:
     """Whether a node stays between segments: attention, and writes of caches, which Inductor might copy to write."""
-    return is_attention(node) or node.target in _WRITES
+    return needs_provider(node) or node.target in _WRITES
 
 
 def _inline_opaque(top: fx.GraphModule) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spec_compile.hardware import Hardware
-from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops.providers import AttentionNode, DeltaNode, Node
 
 STAGES = ("prefill", "verify", "draft", "draft_extend")
 DECODE = ("verify", "draft", "draft_extend")
 
 
-def any_node(node: AttentionNode) -> bool:
+def any_node(node: Node) -> bool:
     return True
 
 
@@ -38,9 +38,9 @@ class Rule:
     stages: tuple[str, ...]
     providers: tuple[str, ...]
     reason: str
-    applies: Callable[[AttentionNode], bool] = any_node
+    applies: Callable[[Node], bool] = any_node
 
-    def fits(self, node: AttentionNode, hardware: Hardware) -> bool:
+    def fits(self, node: Node, hardware: Hardware) -> bool:
         known = hardware.arch in self.hardware or hardware.vendor in self.hardware
         return known and node.stage in self.stages and self.applies(node)
 
@@ -120,6 +120,13 @@ RULES = (
 )
 
 
-def rule_for(node: AttentionNode, hardware: Hardware) -> Rule:
+# Gated delta rules. One read of the states serves a whole window in our kernels, trees included.
+DELTA_RULES = (
+    Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
+    Rule(("nvidia", "amd"), STAGES, ("triton", "torch"), "one launch a layer, chains and trees"),
+)
+
+
+def rule_for(node: Node, hardware: Hardware) -> Rule:
     """The row that speaks about ``node`` on ``hardware``; every vendor has one for any node."""
-    return next(rule for rule in RULES if rule.fits(node, hardware))
+    return next(rule for rule in (DELTA_RULES if isinstance(node, DeltaNode) else RULES) if rule.fits(node, hardware))

@@ -1,6 +1,6 @@
-"""Pass 6: give every attention node a provider, by hardware and by what the node needs.
+"""Pass 6: give every attention and delta rule node a provider, by hardware and by what the node needs.
 
-Needs: a staged graph, cut or not. Leaves true: every attention node carries ``meta["provider"]`` and
+Needs: a staged graph, cut or not. Leaves true: every such node carries ``meta["provider"]`` and
 ``meta["attention_node"]``; the graph's targets are untouched (``lower`` replaces them), so the choice can be read and tested
 without any kernel. What is preferred where stands in ``preference.py``; what a provider cannot do it says itself.
 
@@ -20,12 +20,14 @@ from torch import fx
 
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
+from spec_compile.ops import linear_attention as _delta_ops  # noqa: F401 (registers spec_compile::gdn_verify, …)
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode
-from spec_compile.passes.graph import StageGraph, fake
+from spec_compile.ops.providers import AttentionNode, DeltaNode, Node
+from spec_compile.passes.graph import CacheSlot, StageGraph, fake
 from spec_compile.passes.preference import STAGES, rule_for
 
 ATTENTION_OPS = ("attention", "mla_attention", "prefill_attention", "mla_prefill_attention")
+DELTA_OPS = ("gdn_verify", "gdn_prefill")  # also what ``backend``'s dict calls them
 AUTO, TUNE = "auto", "tune"
 
 Backend = str | Mapping[str, str]
@@ -36,7 +38,7 @@ class Choice:
     """The provider of one kind of attention node in one stage, and why the others lost."""
 
     stage: str
-    node: AttentionNode
+    node: Node
     layers: tuple[int, ...]
     provider: str
     reason: str
@@ -58,7 +60,7 @@ class Measured:
     source: str
 
 
-Tuner = Callable[[AttentionNode, tuple[str, ...]], Measured]
+Tuner = Callable[[Node, tuple[str, ...]], Measured]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,13 +74,16 @@ def check_backend(backend: Backend) -> None:
         BackendError: an unknown provider or stage name; lists the known ones.
     """
     if isinstance(backend, Mapping):
-        unknown = sorted(set(backend) - set(STAGES))
+        stages = (*STAGES, *DELTA_OPS)
+        unknown = sorted(set(backend) - set(stages))
         if unknown:
-            raise BackendError(f"backend={dict(backend)!r}: unknown stages {unknown}; stages are {', '.join(STAGES)}.")
-    for name in backend.values() if isinstance(backend, Mapping) else (backend,):
-        if name not in (AUTO, TUNE, *providers.PROVIDERS):
+            raise BackendError(f"backend={dict(backend)!r}: unknown stages {unknown}; stages are {', '.join(stages)}.")
+    for stage, name in backend.items() if isinstance(backend, Mapping) else ((None, backend),):
+        known = providers.DELTA_PROVIDERS if stage in DELTA_OPS else providers.PROVIDERS
+        if name not in (AUTO, TUNE, *known):
+            where = f" for {stage}" if stage in DELTA_OPS else ""
             raise BackendError(
-                f"backend={name!r} is not a provider; choose 'auto', 'tune', one of {', '.join(providers.PROVIDERS)}, "
+                f"backend={name!r} is not a provider{where}; choose 'auto', 'tune', one of {', '.join(known)}, "
                 "or a dict of these per stage."
             )
 
@@ -87,13 +92,14 @@ def wanted(backend: Backend, stage: str) -> str:
     """What ``backend`` says about ``stage``: a provider's name, ``"auto"`` or ``"tune"``.
 
     A dict's ``draft`` speaks for ``draft_extend`` too unless that has its own entry; stages it does not name are automatic.
+    A bare provider's name speaks of attention: delta rules, a dict's ``gdn_verify`` and ``gdn_prefill``, stay automatic.
 
     Raises:
         BackendError: as ``check_backend``.
     """
     check_backend(backend)
     if isinstance(backend, str):
-        return backend
+        return AUTO if stage in DELTA_OPS and backend != TUNE else backend
     if stage == "draft_extend" and stage not in backend:
         stage = "draft"
     return backend.get(stage, AUTO)
@@ -113,7 +119,7 @@ def select_backend(
     max_context: int | None = None,
     tuner: Tuner | None = None,
 ) -> list[Choice]:
-    """Choose a provider for each attention node of ``graph``.
+    """Choose a provider for each attention and delta rule node of ``graph``.
 
     Args:
         backend: ``"auto"``, ``"tune"``, a provider's name, or a dict of these by stage.
@@ -128,15 +134,15 @@ def select_backend(
     Raises:
         BackendError: no candidate can run a node, or not the forced one; names the node, the reasons and the way out.
     """
-    want = wanted(backend, graph.stage)
-    grouped: dict[AttentionNode, list[tuple[int, fx.Node]]] = {}
-    for layer, node in enumerate(attention_nodes(graph)):
+    grouped: dict[Node, list[tuple[int, fx.Node]]] = {}
+    for node in provided_nodes(graph):
         description = describe(node, graph.stage, page_size, kv_dtype, max_context)
-        grouped.setdefault(description, []).append((layer, node))
+        grouped.setdefault(description, []).append((_layer(node), node))
     choices = []
     for description, members in grouped.items():
         layers = tuple(layer for layer, _ in members)
-        choice = choose(description, layers, hardware, want, tuner)
+        stage = description.op if isinstance(description, DeltaNode) else graph.stage
+        choice = choose(description, layers, hardware, wanted(backend, stage), tuner)
         choices.append(choice)
         for _, node in members:
             node.meta["provider"] = choice.provider
@@ -145,9 +151,7 @@ def select_backend(
     return choices
 
 
-def choose(
-    node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, want: str = AUTO, tuner: Tuner | None = None
-) -> Choice:
+def choose(node: Node, layers: tuple[int, ...], hardware: Hardware, want: str = AUTO, tuner: Tuner | None = None) -> Choice:
     """The provider of ``node``: what ``want`` forces, measures, or leaves to the table. Raises as ``select_backend``."""
     if want == TUNE and tuner is not None and hardware.is_cuda:
         return _choose_fastest(node, layers, hardware, tuner)
@@ -162,17 +166,17 @@ def choose(
         raise BackendError(
             f"backend={want!r} cannot run {_call(node, layers)} on {hardware.arch}: {reason}\n" + _way_out(want, node, hardware)
         )
-    losers = {name: "not asked for" for name in providers.PROVIDERS if name != want}
+    losers = {name: "not asked for" for name in providers.names(node) if name != want}
     return Choice(node.stage, node, layers, want, f"forced by backend={want!r}", losers)
 
 
-def refusal(name: str, node: AttentionNode, hardware: Hardware) -> str | None:
+def refusal(name: str, node: Node, hardware: Hardware) -> str | None:
     """None when ``name`` can run ``node`` here, else why not: what it cannot do, or how to install it."""
-    provider = providers.load(name)
+    provider = providers.load_for(node, name)
     return provider.supports(node, hardware) or provider.probe().problem
 
 
-def _choose_preferred(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware) -> Choice:
+def _choose_preferred(node: Node, layers: tuple[int, ...], hardware: Hardware) -> Choice:
     rule = rule_for(node, hardware)
     losers: dict[str, str] = {}
     for name in rule.providers:
@@ -184,19 +188,17 @@ def _choose_preferred(node: AttentionNode, layers: tuple[int, ...], hardware: Ha
     raise _nobody(node, layers, hardware, losers)
 
 
-def _behind(
-    winner: str, losers: Mapping[str, str], order: tuple[str, ...], node: AttentionNode, hardware: Hardware
-) -> dict[str, str]:
+def _behind(winner: str, losers: Mapping[str, str], order: tuple[str, ...], node: Node, hardware: Hardware) -> dict[str, str]:
     """A reason for everyone whom the choice did not reach; asks what they support, but probes nobody."""
-    rest = [n for n in (*order, *providers.PROVIDERS) if n != winner and n not in losers]
+    rest = [n for n in (*order, *providers.names(node)) if n != winner and n not in losers]
     return {
-        name: providers.load(name).supports(node, hardware)
+        name: providers.load_for(node, name).supports(node, hardware)
         or (f"{winner} comes first" if name in order else f"not in the order for {hardware.arch}")
         for name in dict.fromkeys(rest)
     }
 
 
-def _choose_fastest(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, tuner: Tuner) -> Choice:
+def _choose_fastest(node: Node, layers: tuple[int, ...], hardware: Hardware, tuner: Tuner) -> Choice:
     order = rule_for(node, hardware).providers
     losers = {name: reason for name in order if (reason := refusal(name, node, hardware)) is not None}
     able = tuple(name for name in order if name not in losers)
@@ -219,7 +221,7 @@ def _choose_fastest(node: AttentionNode, layers: tuple[int, ...], hardware: Hard
     return Choice(node.stage, node, layers, winner, why, losers)
 
 
-def _nobody(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, losers: Mapping[str, str]) -> BackendError:
+def _nobody(node: Node, layers: tuple[int, ...], hardware: Hardware, losers: Mapping[str, str]) -> BackendError:
     tried = "\n".join(f"  {name}: {reason}" for name, reason in losers.items())
     return BackendError(
         f"no provider for {_call(node, layers)} on {hardware.arch}:\n{tried}\n"
@@ -227,21 +229,22 @@ def _nobody(node: AttentionNode, layers: tuple[int, ...], hardware: Hardware, lo
     )
 
 
-def _way_out(forced: str, node: AttentionNode, hardware: Hardware) -> str:
+def _way_out(forced: str, node: Node, hardware: Hardware) -> str:
     """Whom to use instead: the first in the table's order that can, else the first that could once it is installed."""
     missing = ""
     for name in rule_for(node, hardware).providers:
-        provider = providers.load(name)
+        provider = providers.load_for(node, name)
         if name == forced or provider.supports(node, hardware) is not None:
             continue
         problem = provider.probe().problem
         if problem is None:
-            return f"The nearest that can is {name}: backend={{{node.stage!r}: {name!r}}}, or backend='auto'."
+            key = node.op if isinstance(node, DeltaNode) else node.stage
+            return f"The nearest that can is {name}: backend={{{key!r}: {name!r}}}, or backend='auto'."
         missing = missing or f"The nearest that could is {name}, but: {problem}"
     return missing or "No provider can."
 
 
-def _call(node: AttentionNode, layers: tuple[int, ...]) -> str:
+def _call(node: Node, layers: tuple[int, ...]) -> str:
     """A node in words, for errors."""
     return f"{node.op} in the {node.stage} graph (layers {span(layers)}; {needs(node)})"
 
@@ -256,8 +259,13 @@ def span(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers)) if len(layers) <= 4 else f"{layers[0]}, {layers[1]}, {layers[2]}, …, {last}"
 
 
-def needs(node: AttentionNode) -> str:
+def needs(node: Node) -> str:
     """What a node asks of a kernel, in words."""
+    if isinstance(node, DeltaNode):
+        words = [f"{node.num_v_heads}/{node.num_k_heads} value/key heads × {node.v_head_dim}/{node.head_dim}"]
+        words += [str(node.dtype).removeprefix("torch."), f"{str(node.state_dtype).removeprefix('torch.')} states"]
+        words += [f"{node.batch} rows × {node.num_tokens} tokens"] if node.batch is not None else []
+        return ", ".join(words + (["a tree"] if node.is_tree else []))
     head = f"{node.head_dim}" if node.head_dim == node.v_head_dim else f"{node.head_dim}/{node.v_head_dim}"
     words = [f"{node.num_q_heads}/{node.num_kv_heads} heads × {head}", str(node.dtype).removeprefix("torch.")]
     words += [f"{str(node.kv_dtype).removeprefix('torch.')} cache"] if node.kv_dtype != node.dtype else []
@@ -272,18 +280,24 @@ def needs(node: AttentionNode) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention nodes of a graph
+# The nodes of a graph that kernels are chosen for
 
 
-def attention_nodes(graph: StageGraph) -> list[fx.Node]:
-    """The generic attention nodes in layer order."""
-    return [n for n in graph.gm.graph.nodes if is_attention(n)]
+def provided_nodes(graph: StageGraph) -> list[fx.Node]:
+    """The generic attention and delta rule nodes in layer order."""
+    return [n for n in graph.gm.graph.nodes if needs_provider(n)]
 
 
-def is_attention(node: fx.Node) -> bool:
-    """Whether ``node`` calls a generic attention op."""
-    packets = {getattr(torch.ops.spec_compile, name) for name in ATTENTION_OPS}
+def needs_provider(node: fx.Node) -> bool:
+    """Whether ``node`` calls a generic attention or delta rule op."""
+    packets = {getattr(torch.ops.spec_compile, name) for name in (*ATTENTION_OPS, *DELTA_OPS)}
     return node.op == "call_function" and _packet(node) in packets
+
+
+def _layer(node: fx.Node) -> int:
+    """The layer whose cache or states a node reads."""
+    bindings = (arg.meta.get("binding") for arg in node.args if isinstance(arg, fx.Node))
+    return next(binding.layer for binding in bindings if isinstance(binding, CacheSlot))
 
 
 def _packet(node: fx.Node) -> object:
@@ -297,9 +311,11 @@ def describe(
     page_size: int,
     kv_dtype: torch.dtype | None = None,
     max_context: int | None = None,
-) -> AttentionNode:
-    """What a provider may know of an attention node, read from its fakes and constant arguments."""
+) -> Node:
+    """What a provider may know of a node, read from its fakes and constant arguments."""
     op = _packet(node).__name__
+    if op in DELTA_OPS:
+        return _describe_delta(node, op, stage)
     packed = op in ("prefill_attention", "mla_prefill_attention")
     query = fake(node.args[0])
     if op in ("mla_attention", "mla_prefill_attention"):
@@ -326,4 +342,21 @@ def describe(
         dtype=query.dtype,
         kv_dtype=kv_dtype or query.dtype,
         max_context=max_context,
+    )
+
+
+def _describe_delta(node: fx.Node, op: str, stage: str) -> DeltaNode:
+    query, value = fake(node.args[0]), fake(node.args[2])
+    window = op == "gdn_verify"
+    return DeltaNode(
+        op=op,
+        stage=stage,
+        batch=int(query.shape[0]) if window else None,
+        num_tokens=int(query.shape[1]) if window else None,
+        num_k_heads=int(query.shape[-2]),
+        num_v_heads=int(value.shape[-2]),
+        head_dim=int(query.shape[-1]),
+        v_head_dim=int(value.shape[-1]),
+        is_tree=window and node.args[11] is not None,
+        dtype=query.dtype,
     )

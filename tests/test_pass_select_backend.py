@@ -14,7 +14,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode, Availability
 from spec_compile.passes import preference
-from spec_compile.passes.graph import StageGraph
+from spec_compile.passes.graph import CacheSlot, StageGraph
 from spec_compile.passes.preference import RULES, STAGES, Rule, rule_for
 from spec_compile.passes.select_backend import Measured, check_backend, needs, select_backend, span, wanted
 from spec_compile.passes.stage import stage
@@ -51,18 +51,19 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, StubProvider]:
     return made
 
 
-def layers(q, k, v, k_cache, v_cache, page_table, cache_len, sinks):
+def layers(q, k, v, k_cache, v_cache, page_table, cache_len, sinks, **caches):
     """Four layers: plain, sliding, plain, soft-capped with sinks."""
-    op, args = torch.ops.spec_compile.attention, (k_cache, v_cache, page_table, cache_len, None, 0.5)
-    q = op(q, k, v, *args, 0, 0.0, None)
-    q = op(q, k, v, *args, 16, 0.0, None)
-    q = op(q, k, v, *args, 0, 0.0, None)
-    return op(q, k, v, *args, 0, 30.0, sinks)
+    op, args = torch.ops.spec_compile.attention, (page_table, cache_len, None, 0.5)
+    q = op(q, k, v, k_cache, v_cache, *args, 0, 0.0, None)
+    q = op(q, k, v, caches["k_cache_1"], caches["v_cache_1"], *args, 16, 0.0, None)
+    q = op(q, k, v, caches["k_cache_2"], caches["v_cache_2"], *args, 0, 0.0, None)
+    return op(q, k, v, caches["k_cache_3"], caches["v_cache_3"], *args, 0, 30.0, sinks)
 
 
 def four_layers(kind: str = "verify") -> StageGraph:
     batch = 1 if kind == "prefill" else 2
-    graph = stage_graph(layers, kind, **attention_inputs(batch=batch), sinks=torch.randn(4))
+    caches = {f"{part}_cache_{layer}": CacheSlot(layer, part) for layer in (1, 2, 3) for part in ("k", "v")}
+    graph = stage_graph(layers, kind, **attention_inputs(batch=batch), sinks=torch.randn(4), **caches)
     return stage(graph)
 
 

@@ -1,4 +1,4 @@
-"""Kernel providers: who can run an attention node, and with which op.
+"""Kernel providers: who can run an attention node or a delta rule node, and with which op.
 
 A provider is a module with four functions (see ``Provider``). What depends on a graph's lengths and page tables alone, not
 on a layer, can be computed once for all layers by a plan op (see ``Lowered``).
@@ -27,6 +27,12 @@ PROVIDERS: dict[str, str] = {
     "aiter": "spec_compile.ops.providers.aiter",
 }
 
+# The same for gated delta rules: recurrent states have other kernels than attention.
+DELTA_PROVIDERS: dict[str, str] = {
+    "torch": "spec_compile.ops.providers.delta_torch",
+    "triton": "spec_compile.ops.providers.delta_triton",
+}
+
 
 @dataclass(frozen=True)
 class AttentionNode:
@@ -48,6 +54,26 @@ class AttentionNode:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     max_context: int | None = None  # most slots of a row, its window included; None before a pool exists
+
+
+@dataclass(frozen=True)
+class DeltaNode:
+    """One gated delta rule, likewise."""
+
+    op: str  # "gdn_verify" or "gdn_prefill"
+    stage: str
+    batch: int | None  # rows; None in prefill, where it is dynamic
+    num_tokens: int | None  # window tokens a row (N); None in prefill
+    num_k_heads: int
+    num_v_heads: int
+    head_dim: int
+    v_head_dim: int
+    is_tree: bool
+    dtype: torch.dtype
+    state_dtype: torch.dtype = torch.float32
+
+
+Node = AttentionNode | DeltaNode
 
 
 @dataclass(frozen=True)
@@ -109,16 +135,26 @@ class Provider(Protocol):
     def probe(self) -> Availability:
         """Whether the provider can be imported here, without importing more than it must."""
 
-    def supports(self, node: AttentionNode, hardware: Hardware) -> str | None:
+    def supports(self, node: Node, hardware: Hardware) -> str | None:
         """None when the provider can run this node on this hardware, otherwise the reason why not."""
 
-    def lower(self, node: AttentionNode) -> torch._ops.OpOverload | Lowered:
+    def lower(self, node: Node) -> torch._ops.OpOverload | Lowered:
         """The op that takes the generic op's place: with the same arguments, or with a plan's outputs behind them."""
 
-    def warm_up(self, node: AttentionNode, device: torch.device) -> None:
+    def warm_up(self, node: Node, device: torch.device) -> None:
         """Build whatever must exist before CUDA-graph capture (JIT modules, autotuning)."""
 
 
+def names(node: Node) -> tuple[str, ...]:
+    """Who may be asked to run ``node``."""
+    return tuple(DELTA_PROVIDERS if isinstance(node, DeltaNode) else PROVIDERS)
+
+
 def load(name: str) -> Provider:
-    """The provider module called ``name``; raises ``KeyError`` for an unknown name."""
+    """The attention provider's module called ``name``; raises ``KeyError`` for an unknown name."""
     return importlib.import_module(PROVIDERS[name])
+
+
+def load_for(node: Node, name: str) -> Provider:
+    """The module of provider ``name`` that runs nodes of this kind; raises ``KeyError`` for an unknown name."""
+    return importlib.import_module(DELTA_PROVIDERS[name]) if isinstance(node, DeltaNode) else load(name)

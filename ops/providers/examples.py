@@ -47,7 +47,7 @@ def example_arguments(
         rows = (table, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens)
     else:
         lengths = torch.full((batch,), context or 0, dtype=torch.int32, device=device)
-        rows = (table, lengths, _chain_mask(batch, tokens, device) if node.is_tree else None)
+        rows = (table, lengths, chain_mask(batch, tokens, device) if node.is_tree else None)
     if node.op in ("mla_attention", "mla_prefill_attention"):
         return (values(*lead, hq, d), values(*lead, d), cache(d), *rows, d**-0.5, dv)
     q, k, v = values(*lead, (hq + hkv) * d + hkv * dv).split([hq * d, hkv * d, hkv * dv], dim=-1)
@@ -56,7 +56,7 @@ def example_arguments(
     return (*new, cache(hkv, d), cache(hkv, dv), *rows, d**-0.5, node.window, node.softcap, sinks)
 
 
-def _chain_mask(batch: int, num_tokens: int, device: torch.device) -> Tensor:
+def chain_mask(batch: int, num_tokens: int, device: torch.device) -> Tensor:
     """A chain written as a tree: int32 [B, N, ceil(N / 32)], token i sees tokens 0 to i."""
     words = -(-num_tokens // 32)
     seen = torch.arange(words * 32) <= torch.arange(num_tokens)[:, None]  # [N, words * 32]

@@ -1,0 +1,103 @@
+"""Gated delta rules by the library's own Triton kernels: chains, trees and packed prompts, one launch a layer.
+
+Triton itself is imported by ``probe()`` and by the first call of an op, never by importing this module.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from spec_compile.hardware import Hardware
+from spec_compile.ops import linear_attention as generic
+from spec_compile.ops.providers import Availability, DeltaNode
+from spec_compile.ops.providers.delta_examples import example_arguments
+
+NAME = "triton"
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+
+
+def probe() -> Availability:
+    """Whether Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return Availability(None, "Triton is not installed: pip install triton")
+    return Availability(importlib.metadata.version("triton"))
+
+
+def supports(node: DeltaNode, hardware: Hardware) -> str | None:
+    """None when the kernels can run ``node`` on ``hardware``, otherwise the reason why not."""
+    if not hardware.is_cuda:
+        return f"Triton needs a CUDA or ROCm device, not {hardware.name}"
+    if hardware.vendor == "nvidia" and int(hardware.arch.removeprefix("sm")) < 80:
+        return f"the kernels need compute capability 8.0 or newer, not {hardware.arch}"
+    if node.dtype not in _DTYPES:
+        return f"dtype {node.dtype} is not float16, bfloat16 or float32"
+    if node.state_dtype != torch.float32:
+        return f"states of {node.state_dtype} are not float32"
+    if max(node.head_dim, node.v_head_dim) > _MAX_HEAD_DIM:
+        return f"head dims {node.head_dim} and {node.v_head_dim} are not within {_MAX_HEAD_DIM}"
+    if node.num_tokens is not None and node.num_tokens > 64:
+        return f"windows of {node.num_tokens} tokens are longer than 64"
+    return None
+
+
+def lower(node: DeltaNode) -> torch._ops.OpOverload:
+    return getattr(torch.ops.spec_compile, f"{node.op}_triton").default
+
+
+def warm_up(node: DeltaNode, device: torch.device) -> None:
+    """Compile the kernel of ``node``, so that capture does not meet the compiler."""
+    lower(node)(*example_arguments(node, device))
+
+
+@torch.library.custom_op("spec_compile::gdn_verify_triton", mutates_args=("kv_window", "gate_window"))
+def gdn_verify_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    kv_window: Tensor,
+    gate_window: Tensor,
+    state_slot: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """``spec_compile::gdn_verify``; same arguments and result."""
+    from spec_compile.ops.kernels import gdn
+
+    return gdn.gdn_verify(
+        q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, tree_mask, scale
+    )  # fmt: skip
+
+
+@torch.library.custom_op("spec_compile::gdn_prefill_triton", mutates_args=("state",))
+def gdn_prefill_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_slot: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Tensor:
+    """``spec_compile::gdn_prefill``; same arguments and result."""
+    from spec_compile.ops.kernels import gdn
+
+    return gdn.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale)
+
+
+gdn_verify_triton.register_fake(generic.gdn_verify_fake)
+gdn_prefill_triton.register_fake(generic.gdn_prefill_fake)
