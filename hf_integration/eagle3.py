@@ -175,6 +175,7 @@ def random_eagle3_head(
     own_embedding: bool = False,
     attention_bias: bool = False,
     rope_parameters: dict[str, object] | None = None,
+    sliding_window: int | None = None,
     **options: bool,
 ) -> Eagle3Head:
     """An untrained head of the target's sizes, for tests and for speed work with simulated acceptance.
@@ -185,12 +186,17 @@ def random_eagle3_head(
         qk_norm: Qwen3's norms on queries and keys.
         draft_ids: int64 [Vd], the draft vocabulary itself instead of a drawn one.
         rope_parameters: as in transformers' configs; unless given, plain rotary embeddings of the target's base.
+        sliding_window: of every layer, in tokens; makes it a head with Qwen3's layers, the only ones known to have windows.
         options: fields of ``Eagle3Options``.
     """
     text = target.config.get_text_config(decoder=True)
     sizes = layer_sizes_like(target) | {"num_hidden_layers": num_hidden_layers, "attention_bias": attention_bias}
     if rope_parameters is not None:
         sizes["rope_parameters"] = rope_parameters
+    if sliding_window is not None:
+        qk_norm = True
+        sizes |= {"use_sliding_window": True, "sliding_window": sliding_window}
+        sizes["layer_types"] = ["sliding_attention"] * num_hidden_layers
     if draft_ids is None and draft_vocab_size is not None:
         drawn = torch.randperm(text.vocab_size, generator=torch.Generator().manual_seed(seed))
         draft_ids = drawn[:draft_vocab_size].sort().values

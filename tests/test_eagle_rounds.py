@@ -36,6 +36,7 @@ CASES = {
     "tree, llama": ("llama", "5/4/8"),
     "tree, deepseek": ("deepseek_v3", "4/3/12", CPU),
 }
+HEAD_WINDOW = 6
 
 
 @pytest.fixture(autouse=True)
@@ -47,21 +48,30 @@ def fresh_seed() -> None:
 
 
 @functools.cache
-def runners_for(family: str, hardware: Hardware, hidden_size: int, draft_vocab_size: int) -> tuple[ModelRunner, HeadRunner]:
+def runners_for(
+    family: str, hardware: Hardware, hidden_size: int, draft_vocab_size: int, head_window: int | None
+) -> tuple[ModelRunner, HeadRunner]:
     """A target and a random head of two layers, captured once."""
     model = tiny_model(family, hidden_size=hidden_size)
-    head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2)
+    head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2, sliding_window=head_window)
     compiler = SegmentCompiler("none", hardware)
     options = {"hardware": hardware, "backend": "torch", "compiler": compiler, "page_size": 16}
     return ModelRunner(model, stage="verify", taps=head.taps, **options), HeadRunner(head, stage="draft", **options)
 
 
 def engine_for(
-    family: str, shape: str, hardware: Hardware = GPU_IN_NAME, *, hidden_size: int = 64, vocab: int = 64, **options: object
+    family: str,
+    shape: str,
+    hardware: Hardware = GPU_IN_NAME,
+    *,
+    hidden_size: int = 64,
+    vocab: int = 64,
+    head_window: int | None = None,
+    **options: object,
 ) -> Engine:
     """What ``spec_compile()`` builds, on any hardware's terms."""
     config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, **options_of(shape), **options)
-    target, runner = runners_for(family, hardware, hidden_size, vocab)
+    target, runner = runners_for(family, hardware, hidden_size, vocab, head_window)
     draft = EagleDraft(runner, runner.model, config.round_shape(5), 96)
     return Engine(target, draft, target.compiler, hardware, config)
 
@@ -121,7 +131,7 @@ def check_row(engine: Engine, state: DecodeState, row: int) -> None:
 
     head: DraftHead = engine.draft.head
     states = head.project(target_states(engine.target.model, head.taps, text[:-1]))  # [1, L, H]
-    cache = DynamicCache(config=head.config)
+    cache = DynamicCache()
     hidden = head(text[None, 1:], states, torch.arange(length)[None], past_key_values=cache)
     for layer, expected in enumerate(layers_of(cache)):
         close(stored(engine.draft.runner, layer, state.page_table[row], length), expected)
@@ -155,6 +165,19 @@ def test_caches_and_look_ahead_equal_plain_forwards_over_the_final_text(case: tu
         counts += rounds(engine, state, GREEDY, 4)
     seen = {n for count in counts for n in count[:3]}
     assert {0, 1} <= seen and max(seen) > 1, f"rows must finish apart and drafts be accepted in part: {counts}"
+
+
+@pytest.mark.parametrize("shape", ["3/1/4", "4/3/12"])
+def test_a_head_with_sliding_windows(shape: str) -> None:
+    """Its second layer's entries and what it foretells show what the first one's windows let through."""
+    engine = engine_for("llama", shape, head_window=HEAD_WINDOW)
+    wanted = request([5, 1, 19], [40, 25, 9])
+    taught(engine, wanted)
+    state = engine.admit(wanted)
+    counts = rounds(engine, state, GREEDY, 5)
+    for row in range(3):
+        check_row(engine, state, row)
+    assert max(n for count in counts for n in count) > 1
 
 
 @pytest.mark.parametrize("case", ["chain, mistral", "tree, llama"])
@@ -232,3 +255,14 @@ def test_simulated_rounds_keep_the_caches(shape: str, plan: SamplingPlan) -> Non
     for row in range(3):
         check_row(engine, state, row)
     assert {n for count in counts for n in count[:2]} == {2, 3}, counts  # 2.5 on average, before a row's end
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v3"])
+def test_caches_after_a_hundred_rounds_of_random_acceptance(family: str) -> None:
+    """Windows of 16, and latent attention: no slot of either cache is lost or left behind on the way."""
+    engine = engine_for(family, "2/4/8", simulate_accept_rates=(0.7, 0.4))
+    state = engine.admit(request([9, 4, 1], [400, 120, 90]))
+    counts = rounds(engine, state, GREEDY, 100)
+    assert len(counts) == 100 and {n for count in counts for n in count[:3]} == {0, 1, 2, 3}
+    for row in range(3):
+        check_row(engine, state, row)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
+from ngrams import looked_up
 from tiny import FAMILIES, ids_inside_windows, left_padded, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spec_compile import spec_compile
-from spec_compile.drafts.base import Verified
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import CaptureError
-from spec_compile.runtime.state import DecodeState
 
 NEW_TOKENS = 24
 # Sliding windows are 16 tokens: a short prompt crosses them while text is written, a long one in prefill already.
@@ -48,25 +46,6 @@ def assert_same_text(reference: PreTrainedModel, model: PreTrainedModel, batch: 
     assert model.spec.stats().mode == "rounds"
     assert torch.equal(plain, ours), f"batch {batch}, {settings}"
     return plain
-
-
-def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState, Verified], Tensor]:
-    """``look_ahead`` as if the answers had stood in the prompts: drafts of ``text`` [B, P + n], every fifth token wrong.
-
-    Args:
-        mask: [B, P], 0 at the padding.
-    """
-    rows = [row[int((kept == 0).sum()) :].clone() for row, kept in zip(text, mask, strict=True)]
-    for row in rows:
-        row[::5] = (row[::5] + 1) % 96
-
-    def look_ahead(self: NgramDraft, state: DecodeState, verified: Verified) -> Tensor:
-        for row, length, draft in zip(rows, state.cache_len.tolist(), state.next_draft, strict=False):
-            future = row[length + 1 : length + 1 + self.shape.num_steps]
-            draft[: len(future)] = future
-        return torch.full_like(state.cache_len, self.max_ngram)
-
-    return look_ahead
 
 
 def test_ngram_drafts(reference: PreTrainedModel, model: PreTrainedModel, monkeypatch) -> None:

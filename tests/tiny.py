@@ -34,6 +34,7 @@ _FAMILIES: dict[str, dict[str, object]] = {
     "phi3": {"sliding_window": None},
     "gpt2": {},
     "olmo2": {},
+    "cohere2": {**_SLIDING, "logit_scale": 0.5},
     "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.7},
     "deepseek_v3": {
         "num_key_value_heads": 4,
