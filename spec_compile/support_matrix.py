@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spec_compile import family_matrix
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode
@@ -142,8 +143,8 @@ def summary(row: SupportRow) -> str:
 _INTRODUCTION = """\
 # Support matrix
 
-Written by `spec-compile doctor --markdown` from the providers' own answers and from `passes/preference.py`; a test compares.
-Edit those, not this page.
+Written by `spec-compile doctor --markdown` from the providers' own answers, `passes/preference.py` and
+`spec_compile/family_matrix.py`; tests compare. Edit those, not this page.
 
 A provider can be named with `backend=`, for all stages or per stage; see [backends](backends.md). *Prefill* is packed causal
 prompts, *chain* and *tree* are windows of draft tokens over a paged cache (verify, draft and draft-extend stages). A cell says
@@ -170,6 +171,7 @@ def markdown() -> str:
     for rule in RULES:
         stages = "all" if rule.stages == STAGES else ", ".join(rule.stages)
         lines.append(f"| {', '.join(rule.hardware)} | {stages} | {', '.join(rule.providers)} | {rule.reason} |")
+    lines += ["", family_matrix.section(DEVICES).rstrip()]
     groups: dict[tuple[str, ...], list[Hardware]] = {}
     for device in DEVICES:
         groups.setdefault(tuple(_table(device)), []).append(device)

@@ -295,6 +295,7 @@ CASES = {
     "window_sinks": Case((1000, 5, 128, 129), 5, (8, 2), (64, 64), 64, window=128, sinks=True),
     "window_below_page": Case((1000, 5, 128), 5, (8, 2), (64, 64), 128, tree=True, window=9),
     "softcap": Case((300, 77), 4, (8, 2), (128, 128), 64, softcap=30.0, tree=True),
+    "softcap_chain": Case((300, 77), 4, (8, 2), (128, 128), 64, softcap=30.0),
     "softcap_sinks": Case((300, 77), 4, (8, 8), (64, 64), softcap=30.0, tree=True, sinks=True, padding_rows=1),
     "d80": Case((200, 33), 6, (9, 3), (80, 80), tree=True),
     "d96_dv64": Case((200, 33), 3, (6, 2), (96, 64), 256),
@@ -313,12 +314,13 @@ CASES = {
     "prefill_d96_dv64": Case((257, 130), 0, (4, 4), (96, 64), 128, packed=True),
     "prefill_d256": Case((200, 150), 0, (4, 2), (256, 256), packed=True),
     "latent": Case((300, 0, 77), 6, (5, 1), (576, 512), 64, tree=True, padding_rows=1, latent=True),
+    "latent_chain": Case((300, 0, 77), 6, (5, 1), (576, 512), 64, padding_rows=1, latent=True),
     "latent_128_heads": Case((300, 0, 77), 6, (128, 1), (576, 512), 64, tree=True, padding_rows=1, latent=True),
     "latent_prefill": Case((100, 0, 70), 0, (5, 1), (576, 512), 64, packed=True, latent=True),
 }
 
 # What each provider refuses of them on an H200 in bfloat16 and float16; everything else must run.
-_LATENT = {"latent", "latent_128_heads", "latent_prefill"}
+_LATENT = {"latent", "latent_chain", "latent_128_heads", "latent_prefill"}
 _UNEQUAL_DIMS = {"d96_dv64", "prefill_d96_dv64"}
 MAY_REFUSE: dict[str, set[str]] = {
     "torch": set(),
@@ -326,6 +328,6 @@ MAY_REFUSE: dict[str, set[str]] = {
     "fa4": _LATENT,
     "flashinfer": _LATENT
     | _UNEQUAL_DIMS
-    | {"softcap", "softcap_sinks", "d256_softcap", "tree64_window_sinks", "window_below_page", "prefill_softcap_sinks"}
-    | {"split_window_sinks", "split_softcap_d256"},
+    | {"softcap", "softcap_chain", "softcap_sinks", "d256_softcap", "split_softcap_d256", "prefill_softcap_sinks"}
+    | {"tree64_window_sinks", "window_below_page", "split_window_sinks"},
 }

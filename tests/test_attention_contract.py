@@ -20,9 +20,12 @@ SMALL = {
     "chain": Case((33, 0, 64), 3, (4, 2), (32, 32), padding_rows=1),
     "tree": Case((33, 17), 6, (4, 2), (32, 16), tree=True),
     "window_sinks": Case((90, 3), 4, (4, 2), (32, 32), window=20, sinks=True),
+    "window_sinks_tree": Case((90, 3), 8, (4, 2), (32, 32), window=4, sinks=True, tree=True),
     "softcap": Case((40,), 4, (4, 4), (32, 32), softcap=5.0, tree=True),
+    "softcap_chain": Case((40, 7), 4, (4, 2), (32, 32), softcap=5.0),
     "prefill": Case((30, 0, 17), 0, (4, 2), (32, 32), packed=True, window=9),
     "latent": Case((40, 5), 3, (4, 1), (40, 32), tree=True, latent=True),
+    "latent_chain": Case((40, 5), 3, (4, 1), (40, 32), latent=True),
     "latent_prefill": Case((20, 5), 0, (4, 1), (40, 32), packed=True, latent=True),
     "outliers": Case((30, 9), 4, (4, 2), (32, 32), tree=True, outliers=True),
 }

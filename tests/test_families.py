@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from spec_compile import spec_compile
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import CaptureError
+from spec_compile.family_matrix import FAMILIES as FAMILY_TABLE
 
 NEW_TOKENS = 24
 # Sliding windows are 16 tokens: a short prompt crosses them while text is written, a long one in prefill already.
@@ -97,6 +98,14 @@ def test_capture_is_one_attention_op_a_layer_without_masks(reference: PreTrained
         masking = re.search(r"masked_fill|where", str(node.target)) or getattr(value, "dtype", None) == torch.bool
         if masking and isinstance(value, Tensor):  # DeepSeek's router masks groups of experts
             assert value.shape[-2:] != (4, 4), f"{node} looks like a mask over the window"
+
+
+def test_the_support_matrix_knows_what_the_family_asks_of_kernels(family: str, model: PreTrainedModel) -> None:
+    nodes = [choice.node for choice in model.spec._engine.target.choices["prefill"]]
+    asked = {(bool(node.window), node.softcap > 0, node.has_sinks, node.op.startswith("mla")) for node in nodes}
+    listed = {(bool(node.window), node.softcap > 0, node.has_sinks, node.op.startswith("mla"))
+              for node in FAMILY_TABLE[family].nodes("chain", torch.float32)}  # fmt: skip
+    assert asked == listed
 
 
 def test_forward_and_weights_are_unchanged(reference: PreTrainedModel, model: PreTrainedModel, tmp_path) -> None:
