@@ -40,9 +40,10 @@ _ARCHITECTURES: dict[str, Reader] = {
     "MuseGlimmerAssistantModel": read_dflash,
 }
 # Draft models of other kinds: known by name, so that nobody waits for a causal LM of that name to load.
+_SHARED_KV = ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")
 _NOT_READ = (
     "Eagle3DeepseekV2ForCausalLM", "PEagleDraftModel", "PEagleSpeculator", "DSparkDraftModel", "DSparkSpeculator",
-    "EagleSpeculator", "MLPSpeculatorPreTrainedModel", "Gemma4AssistantForCausalLM",
+    "EagleSpeculator", "MLPSpeculatorPreTrainedModel", *_SHARED_KV,
 )  # fmt: skip
 _HINTS = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_config")  # config keys that no causal LM has
 _READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers)"
@@ -89,11 +90,29 @@ def _reader_by_config(name: str, config: Mapping[str, object]) -> Reader | None:
         raise DraftError(f"draft={name!r}: speculators_model_type={speculators!r} has no reader. What can be read: {_READ}.")
     if speculators is not None:
         return _SPECULATORS[speculators]
-    if unread := [architecture for architecture in architectures if architecture in _NOT_READ]:
-        raise DraftError(f"draft={name!r}: architecture {unread[0]!r} has no reader. What can be read: {_READ}.")
+    for architecture in architectures:
+        refuse_unread(f"draft={name!r}: architecture {architecture!r}", architecture)
     if "medusa_num_heads" in config:
         raise DraftError(f"draft={name!r}: Medusa heads have no reader. What can be read: {_READ}.")
     return next((_ARCHITECTURES[architecture] for architecture in architectures if architecture in _ARCHITECTURES), None)
+
+
+def refuse_unread(what: str, architecture: str) -> None:
+    """Raise if ``architecture`` is a known kind of draft model that cannot draft here.
+
+    Args:
+        what: how the message begins.
+
+    Raises:
+        DraftError: it is.
+    """
+    if architecture in _SHARED_KV:
+        raise DraftError(
+            f"{what} is an assistant without keys and values of its own: its layers read the target's caches, which is not "
+            "supported (docs/drafts.md says what is missing). Use draft='ngram', a causal LM, or an EAGLE head for this target."
+        )
+    if architecture in _NOT_READ:
+        raise DraftError(f"{what} has no reader. What can be read: {_READ}.")
 
 
 def _reader_by_names(names: set[str]) -> Reader | None:

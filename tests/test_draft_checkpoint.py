@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
+from spec_compile import spec_compile
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
@@ -171,6 +172,16 @@ def test_medusa_heads_are_recognised(tmp_path: Path):
     directory = write(tmp_path, {"medusa_num_heads": 1}, {"0.0.linear.weight": torch.ones(2, 2)})
     with pytest.raises(DraftError, match="Medusa"):
         load_draft_head(directory, target())
+
+
+def test_an_assistant_that_reads_the_targets_cache_is_refused_by_name(tmp_path: Path):
+    """By its path, and as an object: what transformers would build by that name."""
+    config = {"architectures": ["Gemma4AssistantForCausalLM"], "model_type": "gemma4_assistant"}
+    for draft in (str(write(tmp_path, config, {"pre_projection.weight": torch.ones(2, 2)})), target()):
+        if not isinstance(draft, str):
+            draft.__class__ = type("Gemma4AssistantForCausalLM", (type(draft),), {})
+        with pytest.raises(DraftError, match="Gemma4AssistantForCausalLM.*without keys and values of its own.*draft='ngram'"):
+            spec_compile(target(), draft=draft, compile="none")
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):

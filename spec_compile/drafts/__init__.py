@@ -43,6 +43,7 @@ def make_draft(
     from spec_compile.drafts.dflash import DFlashDraft
     from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
+    from spec_compile.hf_integration.draft_checkpoint import refuse_unread
 
     if draft is None:
         return None
@@ -55,6 +56,7 @@ def make_draft(
             f"draft={type(draft).__name__} object: pass 'ngram', a draft head, a transformers causal LM, the path or hub id "
             "of one, or None."
         )
+    refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
     embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
     if embedding.device != wanted.device:
         raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
