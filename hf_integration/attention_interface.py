@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spec_compile.errors import CaptureError
+from spec_compile.hf_integration.recurrent_layers import RECURRENT, STATE_PARTS, PassThroughStates, recurrent_capture
 from spec_compile.ops import attention as attention_ops  # registers the ops that the graph will hold
 
 NAME = "spec_compile"
@@ -34,13 +35,16 @@ _HARMLESS_KWARGS = {
 
 @dataclass
 class CaptureContext:
-    """The tensors an attention op names besides q, k and v. Their values are never read: the graph is rebound to real ones."""
+    """The tensors our ops name besides what the model computes. Their values are never read: the graph is rebound to real
+    ones."""
 
     page_table: Tensor
     cache_len: Tensor
-    cache: CaptureCache
+    state_slot: Tensor
     windows: list[int]
-    slots: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (layer, "k" | "v" | "kv") -> stand-in
+    slots: dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv" | one of STATE_PARTS) -> stand-in
+    cache: CaptureCache = field(init=False)
+    recurrent_layer: int = -1  # the one that is running
 
     def slot(self, layer_idx: int, part: str) -> Tensor:
         return self.slots[layer_idx, part]
@@ -82,8 +86,9 @@ class PassThroughLayer(CacheLayerMixin):
 class CaptureCache(Cache):
     """The ``past_key_values`` a captured forward sees."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[PassThroughLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, recurrent: list[int], context: CaptureContext) -> None:
+        layers = [PassThroughStates(i, context) if i in recurrent else PassThroughLayer() for i in range(num_layers)]
+        super().__init__(layers=layers)
 
 
 def attention_function(
@@ -173,12 +178,12 @@ AttentionMaskInterface.register(NAME, no_mask)
 
 
 def layer_windows(config: PretrainedConfig) -> list[int]:
-    """Sliding window of every layer in tokens, self included; 0 means unlimited.
+    """Sliding window of every layer in tokens, self included; 0 means unlimited, or a layer without attention.
 
     Read from the config, never from the attention call: some models (phimoe) put the window only into the mask.
 
     Raises:
-        CaptureError: a layer type that is neither full nor sliding attention.
+        CaptureError: a layer type that is neither full nor sliding attention, nor recurrent.
     """
     num_layers = config.num_hidden_layers
     # A config keeps attributes its class does not know: a stray key of another family's is none of this model's.
@@ -187,13 +192,20 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return [sliding] * num_layers
-    known = {"full_attention": 0, "sliding_attention": sliding}
+    known = {"full_attention": 0, "sliding_attention": sliding, RECURRENT: 0}
     unknown = sorted(set(layer_types) - set(known))
     if unknown:
         raise CaptureError(
-            f"{config.model_type} has layers of type {unknown}; only full and sliding attention can be captured."
+            f"{config.model_type} has layers of type {unknown}; only full and sliding attention and gated delta nets can be "
+            "captured."
         )
     return [known[layer_type] for layer_type in layer_types[:num_layers]]
+
+
+def recurrent_layers(config: PretrainedConfig) -> list[int]:
+    """Indices of the layers that keep a recurrent state instead of keys and values."""
+    layer_types = getattr(config, "layer_types", None) or []
+    return [i for i, layer_type in enumerate(layer_types[: config.num_hidden_layers]) if layer_type == RECURRENT]
 
 
 @contextlib.contextmanager
@@ -222,23 +234,29 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
     global _context
     config = model.config.get_text_config(decoder=True)
     device = model.get_input_embeddings().weight.device
-    num_layers = config.num_hidden_layers
+    num_layers, recurrent = config.num_hidden_layers, recurrent_layers(config)
+    parts = ("k", "v", "kv")
     context = CaptureContext(
         page_table=torch.zeros(batch, 1, dtype=torch.int32, device=device),
         cache_len=torch.zeros(batch, dtype=torch.int32, device=device),
-        cache=CaptureCache(num_layers),
+        state_slot=torch.zeros(batch, dtype=torch.int32, device=device),
         windows=layer_windows(config),
-        slots={(i, part): torch.zeros(1, 1, 1, 1, device=device) for i in range(num_layers) for part in ("k", "v", "kv")},
+        slots={
+            (i, part): torch.zeros(1, 1, 1, 1, device=device)
+            for i in range(num_layers)
+            for part in (STATE_PARTS if i in recurrent else parts)
+        },
     )
+    context.cache = CaptureCache(num_layers, recurrent, context)
     original = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     _context = context
     try:
-        with capturable_experts(model):
+        with capturable_experts(model), recurrent_capture(model, recurrent, context):
             yield context
     finally:
         _context = None
         model.set_attn_implementation(original)
 
 
-__all__ = ["CaptureContext", "attention_ops", "capture_context", "layer_windows"]
+__all__ = ["CaptureContext", "attention_ops", "capture_context", "layer_windows", "recurrent_layers"]

@@ -16,9 +16,15 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
-from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context, layer_windows
+from spec_compile.hf_integration.attention_interface import (
+    CaptureContext,
+    capture_context,
+    layer_windows,
+    recurrent_layers,
+)
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
@@ -163,7 +169,9 @@ def _capture(
     """Trace ``forward(context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``."""
     captured: list[StageGraph] = []
     try:
-        layer_windows(model.config.get_text_config(decoder=True))
+        config = model.config.get_text_config(decoder=True)
+        layer_windows(config)
+        modeling_modules(model, recurrent_layers(config))
     except CaptureError as error:
         raise CaptureError(_message(model, str(error))) from error
     was_training = model.training
@@ -171,7 +179,8 @@ def _capture(
     try:
         with torch.no_grad(), _one_at_a_time, capture_context(model, batch) as context:
             names = {id(value): name for name, value in inputs.items()}
-            names |= {id(context.page_table): "page_table", id(context.cache_len): "cache_len"}
+            rows = ("page_table", "cache_len", "state_slot")
+            names |= {id(getattr(context, name)): name for name in rows}
 
             def backend(gm: fx.GraphModule, example_inputs: list):
                 captured.append(StageGraph(_bind(gm, example_inputs, names, context), stage))
@@ -278,11 +287,11 @@ def _attribute(gm: fx.GraphModule, target: str) -> object:
 
 
 def _check(model: PreTrainedModel, graph: StageGraph) -> None:
-    """One attention op for each layer, each on its own layer's cache."""
+    """One attention op or delta rule for each layer, each on its own layer's cache or state."""
     layers = [
         node.meta["binding"].layer
         for node in placeholders(graph.gm)
-        if isinstance(node.meta["binding"], CacheSlot) and node.meta["binding"].part != "v"
+        if isinstance(node.meta["binding"], CacheSlot) and node.meta["binding"].part in ("k", "kv", "state")
     ]
     expected = list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
     if sorted(layers) != expected:

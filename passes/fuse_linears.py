@@ -1,4 +1,4 @@
-"""Pass 4: sibling linears on one input become one GEMM.
+"""Pass 5: sibling linears on one input become one GEMM.
 
 Needs: linears whose weights (and biases) are plain parameters.
 Leaves true: one linear per group; each parameter is a view of the fused weight, so memory, ``state_dict()`` and

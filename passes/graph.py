@@ -22,7 +22,8 @@ class RuntimeInput:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """An input that is bound to one layer's key (``"k"``), value (``"v"``) or latent (``"kv"``) cache."""
+    """An input that is bound to one layer's key (``"k"``), value (``"v"``) or latent (``"kv"``) cache, or to a recurrent
+    layer's states and window buffers (``"state"``, ``"conv"``, …)."""
 
     layer: int
     part: str

@@ -1,4 +1,4 @@
-"""Pass 7: provider ops in, generic ops out; what a provider computes once per graph, computed once.
+"""Pass 8: provider ops in, generic ops out; what a provider computes once per graph, computed once.
 
 Needs: ``select_backend`` has run. Leaves true: no generic attention op is in the graph; a plan op stands before the first
 attention op that uses it.

@@ -1,4 +1,4 @@
-"""Pass 3: compute the language-model head only where its result is used.
+"""Pass 4: compute the language-model head only where its result is used.
 
 Needs: a graph whose first output is the logits [.., V], reached from one linear by elementwise ops.
 Leaves true: prefill graphs compute logits of each prompt's last token only ([1, B, V], rows given by the runtime input

@@ -1,5 +1,5 @@
-"""Pass 5: cut the graph at its attention ops (and bare cache writes) into segments that Inductor compiles, each distinct one
-once.
+"""Pass 6: cut the graph at its attention ops, delta rules and other writes of caches into segments that Inductor compiles, each
+distinct one once.
 
 A cut at an opaque op costs no fusion, because nothing can fuse across it; and between two attention ops every layer
 looks alike (output projection, MLP, next norm, next query/key/value projection, rotary embedding), so a model of any depth
@@ -7,8 +7,8 @@ has about three distinct segments. Source of the idea: vLLM's piecewise compilat
 
 Providers are chosen after the cut, so that choosing again (a larger KV pool) leaves every compiled segment as it is.
 
-Needs: a staged graph. Leaves true: the top graph holds generic attention ops, cache writes and calls to segment modules,
-nothing else, and every node of it has its fake.
+Needs: a staged graph. Leaves true: the top graph holds generic attention ops and delta rules, cache writes and calls to
+segments, nothing else, and every node of it has its fake.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
+from spec_compile.ops import linear_attention as linear_attention_ops  # registers spec_compile::conv_verify, …
 from spec_compile.passes.graph import StageGraph, fake, placeholders
 from spec_compile.passes.select_backend import needs_provider
 
-__all__ = ["kv_cache_ops", "partition", "segment_key"]
+__all__ = ["kv_cache_ops", "linear_attention_ops", "partition", "segment_key"]
 
-_WRITES = (torch.ops.spec_compile.kv_write, torch.ops.spec_compile.kv_write_packed)
+_WRITES = tuple(
+    getattr(torch.ops.spec_compile, name) for name in ("kv_write", "kv_write_packed", "conv_verify", "conv_prefill")
+)
 
 
 def partition(graph: StageGraph) -> StageGraph:
@@ -53,7 +56,7 @@ def partition(graph: StageGraph) -> StageGraph:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether a node stays between segments: attention, and writes of caches, which Inductor might copy to write."""
+    """Whether a node stays between segments: what providers run, and writes of caches, which Inductor might copy to write."""
     return needs_provider(node) or node.target in _WRITES
 
 

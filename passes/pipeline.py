@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from spec_compile.hardware import Hardware
+from spec_compile.passes.fold_gates import fold_gates
 from spec_compile.passes.fuse_linears import fuse_linears
 from spec_compile.passes.graph import StageGraph, finish
 from spec_compile.passes.lower import lower
@@ -20,13 +21,14 @@ from spec_compile.passes.tap_hidden_states import tap_hidden_states
 
 
 def prepare(graph: StageGraph, *, argmax: bool, tree: bool = False, num_taps: int = 0) -> StageGraph:
-    """From a captured causal language model to segments between generic attention ops.
+    """From a captured causal language model to segments between generic attention ops and delta rules.
 
     Args:
         argmax: the stage's caller reads greedy token ids, not logits.
         tree: windows are trees of drafts.
         num_taps: hidden states that were captured for a draft.
     """
+    graph = fold_gates(graph)
     graph = stage(graph, tree=tree)  # window or packed prompts
     graph = tap_hidden_states(graph, num_taps)
     graph = narrow_logits(graph, argmax=argmax)  # before fusion, which must not see the head twice

@@ -1,4 +1,4 @@
-"""Pass 6: give every attention and delta rule node a provider, by hardware and by what the node needs.
+"""Pass 7: give every attention and delta rule node a provider, by hardware and by what the node needs.
 
 Needs: a staged graph, cut or not. Leaves true: every such node carries ``meta["provider"]`` and
 ``meta["attention_node"]``; the graph's targets are untouched (``lower`` replaces them), so the choice can be read and tested

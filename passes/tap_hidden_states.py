@@ -1,4 +1,4 @@
-"""Pass 2: the hidden states a draft reads leave the graph behind the logits, as one tensor.
+"""Pass 3: the hidden states a draft reads leave the graph behind the logits, as one tensor.
 
 Needs: a graph whose outputs are the logits, the tapped states [.., Ht] in order, and whatever else Dynamo returns (what the
 forward left in Python objects).

@@ -255,9 +255,16 @@ def test_a_model_that_is_not_causal_is_refused():
 
 def test_layers_of_another_kind_are_refused_by_name():
     config = tiny_model("llama").config
-    config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(CaptureError, match="linear_attention"):
+    config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(CaptureError, match="chunked_attention"):
         layer_windows(config)
+
+
+def test_recurrent_layers_of_another_kind_are_refused_by_name():
+    model = tiny_model("llama")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(CaptureError, match=r"recurrent layers \[1\] of a kind .* plain generate\(\) still works"):
+        capture_window(model, 1, 2, "verify")
 
 
 def test_a_layer_that_bypasses_the_attention_interface_is_refused():

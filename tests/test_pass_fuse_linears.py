@@ -1,4 +1,4 @@
-"""Pass 3, ``fuse_linears``: sibling linears become one GEMM, and nobody who owns their parameters notices."""
+"""``fuse_linears``: sibling linears become one GEMM, and nobody who owns their parameters notices."""
 
 from __future__ import annotations
 

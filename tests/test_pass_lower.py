@@ -1,4 +1,4 @@
-"""Pass 6, ``lower``: provider ops in, generic ops out, same arguments, same result."""
+"""``lower``: provider ops in, generic ops out, same arguments, same result."""
 
 from __future__ import annotations
 

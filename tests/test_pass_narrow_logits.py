@@ -1,4 +1,4 @@
-"""Pass 2, ``narrow_logits``: the head computes what the stage reads, and nothing else leaves the graph."""
+"""``narrow_logits``: the head computes what the stage reads, and nothing else leaves the graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 4, ``partition``: segments between attention ops, each distinct one recognised by its key."""
+"""``partition``: segments between attention ops, each distinct one recognised by its key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 5, ``select_backend``: one provider for each attention node, by hardware and need, with every loser's reason."""
+"""``select_backend``: one provider for each attention node, by hardware and need, with every loser's reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 1, ``stage``: window graphs stay append-and-attend (as chains or trees), prompts become packed prefill ops."""
+"""``stage``: window graphs stay append-and-attend (as chains or trees), prompts become packed prefill ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 2: the states a draft reads leave the graph in one tensor, and nothing else does but the logits."""
+"""``tap_hidden_states``: the states a draft reads leave the graph in one tensor, and nothing else does but the logits."""
 
 from __future__ import annotations
 

@@ -52,7 +52,14 @@ _FAMILIES: dict[str, dict[str, object]] = {
         "topk_group": 1,
     },
 }
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5,
+}  # fmt: skip
+_DELTA_MOE = {**_DELTA, **_MOE, "shared_expert_intermediate_size": 48}
+_RECURRENT = {"qwen3_next": {**_DELTA_MOE, "decoder_sparse_step": 1}, "qwen3_5_text": _DELTA, "qwen3_5_moe_text": _DELTA_MOE}
 FAMILIES = tuple(_FAMILIES)
+RECURRENT_FAMILIES = tuple(_RECURRENT)
 _EAGER = {"gemma2", "gpt_oss"}  # soft-capping and sinks have no SDPA form in transformers
 
 
@@ -62,7 +69,7 @@ def tiny_model(family: str, seed: int = 0, device: str = "cpu", **overrides: obj
         settings = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
         settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     else:
-        settings = {**_COMMON, **_FAMILIES[family]}
+        settings = {**_COMMON, **(_FAMILIES | _RECURRENT)[family]}
         if family == "deepseek_v3":
             settings.pop("head_dim")
     torch.manual_seed(seed)

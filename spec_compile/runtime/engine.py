@@ -296,6 +296,7 @@ class Engine:
         ):
             tensor[:batch] = torch.tensor(values, dtype=tensor.dtype, device=self.device)
         state.page_table[:batch] = self.target.pool.page_table[:batch]
+        state.state_slot[:batch] = torch.arange(1, batch + 1, dtype=torch.int32, device=self.device)
         state.finished[:batch] = False
         state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64, device=self.device)
         state.temperature.fill_(request.temperature)
@@ -346,8 +347,9 @@ class Engine:
         return [(r.name, r.nbytes) for r in self.graphs.rounds.values()] if self.graphs is not None else []
 
     def kv_bytes(self) -> int:
-        """Bytes of the KV pools, the draft's included."""
-        return sum(runner.pool.nbytes for runner in self._runners() if runner.pool is not None)
+        """Bytes of the KV pools, the draft's and recurrent states included."""
+        pools = [pool for runner in self._runners() for pool in (runner.pool, runner.states)]
+        return sum(pool.nbytes for pool in pools if pool is not None)
 
     def release(self) -> None:
         """Free pools, buffers and graphs."""

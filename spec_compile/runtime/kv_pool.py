@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spec_compile.ops.providers import AttentionNode
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.program import Caches
 
@@ -29,10 +30,12 @@ class LayerLayout:
 
 
 def layouts(choices: list[Choice]) -> list[LayerLayout]:
-    """Every layer's layout, read from the attention nodes of any stage."""
+    """The layout of every layer with attention, read from the attention nodes of any stage."""
     out = []
     for choice in choices:
         node = choice.node
+        if not isinstance(node, AttentionNode):
+            continue
         if node.op.startswith("mla"):
             shapes: tuple = (("kv", (node.head_dim,)),)
         else:

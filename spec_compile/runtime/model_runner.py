@@ -15,10 +15,11 @@ from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
 from spec_compile.hf_integration.fingerprint import fingerprint
 from spec_compile.ops import providers
+from spec_compile.ops.providers import DeltaNode
 from spec_compile.passes.graph import StageGraph
 from spec_compile.passes.pipeline import choose_kernels, prepare
 from spec_compile.passes.select_backend import Backend, Choice, Tuner, choose, wanted
-from spec_compile.runtime import kv_pool
+from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_program
 
 
@@ -34,6 +35,10 @@ class ModelRunner:
         kv_dtype: type of the caches; None for the model's own.
         tuner: measures providers for ``backend="tune"``.
         taps: hidden states that programs put out behind their logits, for a draft; numbered as in ``capture_window``.
+        most_tokens: of a window, for models with recurrent layers.
+
+    Attributes:
+        pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -52,6 +57,7 @@ class ModelRunner:
         kv_dtype: torch.dtype | None = None,
         tuner: Tuner | None = None,
         taps: tuple[int, ...] = (),
+        most_tokens: int = 1,
     ) -> None:
         self.taps = taps
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
@@ -59,29 +65,28 @@ class ModelRunner:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.choices: dict[str, list[Choice]] = {}  # graph name -> providers, for explain()
         self.reports: dict[str, list[str]] = {}
+        self.most_tokens = most_tokens
         self.pool: kv_pool.KVPool | None = None
+        self.states: state_pool.StatePool | None = None
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
         self._fingerprint: list[object] = []
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
         self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
-        self._layouts = kv_pool.layouts(self._first_choices())
-
-    def _first_choices(self) -> list[Choice]:
-        """Providers of every layer in one stage, which tell the layout of the caches. Fails early on a model that cannot be
-        captured or has no kernels."""
-        self.prefill_program(argmax=False)
+        prefill = self.prefill_program(argmax=False)  # fails early on a model that cannot be captured or has no kernels
         self._check_window_stages()
-        return self.choices["prefill"]
+        self._layouts = kv_pool.layouts(self.choices["prefill"])
+        self._state_layout = state_pool.state_layout(prefill.graph)
 
     def _check_window_stages(self) -> None:
         """Ask for single tokens what can be asked before windows are captured, so that a forced provider fails at once."""
         for stage in ("draft", "draft_extend") if self.stage == "draft" else (self.stage,):
             for choice in self.choices["prefill"]:
-                op = choice.node.op.replace("prefill_", "")
+                delta = isinstance(choice.node, DeltaNode)
+                op = "gdn_verify" if delta else choice.node.op.replace("prefill_", "")
                 node = dataclasses.replace(choice.node, op=op, stage=stage, batch=1, num_tokens=1)
-                choose(node, choice.layers, self.hardware, wanted(self.backend, stage))
+                choose(node, choice.layers, self.hardware, wanted(self.backend, op if delta else stage))
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
         """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token, and states [1, T, n * Ht]."""
@@ -152,7 +157,7 @@ class ModelRunner:
         if self.pool is not None:
             for choice in choices:
                 _warm_up(choice, self.device)
-            program.bind(self.pool.caches)
+            program.bind(self.pool.caches | ({} if self.states is None else self.states.caches))
         self.compiler.seconds += time.perf_counter() - start
 
     def model_changed(self) -> bool:
@@ -173,11 +178,13 @@ class ModelRunner:
         page_size = self.page_size if self.hardware.is_cuda else capacity
         capacity = -(-capacity // page_size) * page_size
         self.pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
+        if self._state_layout is not None:
+            self.states = state_pool.allocate(self._state_layout, rows, self.most_tokens, self.device)
         return True
 
     def drop_pool(self) -> None:
         """Free the pool; programs choose their kernels anew over the next one."""
-        self.pool = None
+        self.pool = self.states = None
         for program in self._programs.values():
             program.bound = []
         self.choices.clear()
@@ -185,7 +192,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Free the pool and forget every program."""
-        self.pool = None
+        self.pool = self.states = None
         self._programs.clear()
         self._captured.clear()
 
@@ -201,7 +208,7 @@ class ModelRunner:
         """Fill the caches with ``prompts`` (int64 [len] each, row by row).
 
         Args:
-            page_table: int32 [rows, M], row i for prompt i.
+            page_table: int32 [rows, M], row i for prompt i, whose recurrent states have slot i + 1.
             max_tokens: rows go in groups of at most this many tokens (one row at least).
             on_group: called with the first row, the prompts and the tapped states [T, n * Ht] of each group.
 
@@ -218,6 +225,7 @@ class ModelRunner:
                 input_ids=torch.cat(group)[None].to(self.device),
                 position_ids=packed.position_ids,
                 page_table=page_table[first : first + len(group)],
+                state_slot=torch.arange(first + 1, first + 1 + len(group), dtype=torch.int32, device=self.device),
                 cu_seqlens=packed.cu_seqlens,
                 logit_index=last,
                 num_tokens=packed.num_tokens,
@@ -255,7 +263,7 @@ def pack(prompts: list[Tensor], device: torch.device) -> Packed:
 def _warm_up(choice: Choice, device: torch.device) -> None:
     """Build what a provider needs before graphs are captured; a build that fails says whose it was and what else there is."""
     try:
-        providers.load(choice.provider).warm_up(choice.node, device)
+        providers.load_for(choice.node, choice.provider).warm_up(choice.node, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -87,7 +87,9 @@ def run_round(
         if states is not None:  # like the cache: what belongs to the path comes to the front
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
-    commit(draft, state, accepted.emitted, accepted.accept_length, inputs.lens[0], states)
+    count = commit(draft, state, accepted.emitted, accepted.accept_length, inputs.lens[0], states)
+    if target.states is not None:
+        target.states.commit(state.state_slot, accepted.path, count)
     return RoundRecord(window, tree, accepted)
 
 
@@ -108,7 +110,12 @@ def verify(
     """The target over windows [B, N]: logits [B, N, V] or greedy ids [B, N], and the tapped states [B, N, n * Ht]."""
     batch, num_tokens = window.shape
     program = target.window_program(batch, num_tokens, argmax=argmax, tree=tree is not None)
-    fed = {"input_ids": window, "page_table": state.page_table, "cache_len": state.cache_len}
+    fed = {
+        "input_ids": window,
+        "page_table": state.page_table,
+        "cache_len": state.cache_len,
+        "state_slot": state.state_slot,
+    }
     if tree is None:
         fed["position_ids"] = inputs.position_ids
     else:
@@ -151,12 +158,15 @@ def _simulate(rates: Tensor, window: Tensor, tree: Tree | None, ids: Tensor, sta
 
 def commit(
     draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor, start: Tensor, states: Tensor | None
-) -> None:
+) -> Tensor:
     """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``.
 
     Args:
         start: int32 [B], a copy of ``cache_len``.
         states: see ``Verified``.
+
+    Returns:
+        int32 [B], how many tokens were appended.
     """
     count = torch.ops.spec_compile.commit_tokens(
         state.tokens, state.cache_len, state.finished, emitted, accept_length, state.end_len, state.eos_ids
@@ -167,3 +177,4 @@ def commit(
     state.out[:, -2].copy_(state.finished)
     if promise is not None:
         state.out[:, -1].copy_(promise)
+    return count

@@ -81,6 +81,7 @@ class DecodeState:
     end_len: Tensor  # int32 [B], most tokens of a row
     min_len: Tensor  # int32 [B], tokens before which no row may end
     page_table: Tensor  # int32 [B, M]
+    state_slot: Tensor  # int32 [B], of recurrent states; 0 is nobody's
     eos_ids: Tensor  # int64 [E], -1 matches nothing
     seed: Tensor  # int64 [B]
     temperature: Tensor  # float32 [B]
@@ -107,7 +108,7 @@ class DecodeState:
 
     def clear(self) -> None:
         """Every row becomes a padding row."""
-        for tensor in (self.tokens, self.cache_len, self.end_len, self.min_len, self.page_table, self.out):
+        for tensor in (self.tokens, self.cache_len, self.end_len, self.min_len, self.page_table, self.state_slot, self.out):
             tensor.zero_()
         self.next_draft.zero_()
         self.finished.fill_(True)
@@ -137,6 +138,7 @@ def new_state(rows: int, capacity: int, pages_per_row: int, num_steps: int, devi
         end_len=zeros(rows, dtype=torch.int32),
         min_len=zeros(rows, dtype=torch.int32),
         page_table=zeros(rows, pages_per_row, dtype=torch.int32),
+        state_slot=zeros(rows, dtype=torch.int32),
         eos_ids=zeros(MAX_EOS_IDS, dtype=torch.int64),
         seed=zeros(rows, dtype=torch.int64),
         temperature=zeros(rows, dtype=torch.float32),
