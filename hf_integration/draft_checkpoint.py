@@ -4,10 +4,11 @@ The order, from the surest sign to the weakest:
 
 1. ``speculators_model_type`` in the config.
 2. ``architectures`` in the config.
-3. Tensor names, if the config has one layer or keys that no causal LM has: ``fc`` with a ``hidden_norm`` beside it is DFlash;
+3. MTP tensors, with nothing beside them or beside a model of the target's sizes: its MTP head.
+4. Tensor names, if the config has one layer or keys that no causal LM has: ``fc`` with a ``hidden_norm`` beside it is DFlash;
    ``d2t``, ``midlayer.*`` or a ``hidden_norm`` in layer 0 is EAGLE-3; ``fc`` without a final norm is EAGLE-1/2 (official
    repositories call both ``LlamaForCausalLM``).
-4. None of these: not a draft head, but perhaps a causal LM.
+5. None of these: not a draft head, but perhaps a causal LM.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_chec
 from spec_compile.hf_integration.eagle import read_eagle
 from spec_compile.hf_integration.eagle3_safeailab import read_eagle3_safeailab
 from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculators
+from spec_compile.hf_integration.mtp_checkpoint import holds_mtp_for, load_mtp_head
 
 Reader = Callable[[DraftCheckpoint, PreTrainedModel], DraftHead]
 
@@ -39,6 +41,11 @@ _ARCHITECTURES: dict[str, Reader] = {
     "DFlashDraftModel": read_dflash,
     "MuseGlimmerAssistantModel": read_dflash,
 }
+# Engines' names for MTP modules that were cut out of their model.
+_MTP = (
+    "DeepseekV3ForCausalLMNextN", "Glm4MoeForCausalLMNextN", "Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP",
+    "Qwen3_5MoeForCausalLMMTP", "MiMoMTP",
+)  # fmt: skip
 # Draft models of other kinds: known by name, so that nobody waits for a causal LM of that name to load.
 _SHARED_KV = ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")
 _NOT_READ = (
@@ -46,7 +53,7 @@ _NOT_READ = (
     "EagleSpeculator", "MLPSpeculatorPreTrainedModel", *_SHARED_KV,
 )  # fmt: skip
 _HINTS = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_config")  # config keys that no causal LM has
-_READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers)"
+_READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers), MTP modules"
 
 
 def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHead | None:
@@ -68,6 +75,8 @@ def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHe
         return None
     config = read_config(directory)
     by_config = _reader_by_config(name, config)
+    if by_config is None and (set(config.get("architectures") or ()) & set(_MTP) or holds_mtp_for(name, config, target)):
+        return load_mtp_head(target, name)
     hints = [hint for hint in _HINTS if hint in config]
     if by_config is None and not hints and config.get("num_hidden_layers") != 1:
         return None

@@ -27,7 +27,7 @@ class DraftHead(PreTrainedModel):
     position i.
 
     Attributes:
-        kind: ``"eagle3"``, ``"eagle"``, ``"dflash"``
+        kind: ``"eagle3"``, ``"eagle"``, ``"dflash"``, ``"mtp"``
         taps: the target's hidden states it reads, as transformers numbers them: i is the state that enters layer i, the number
             of layers is the state after the final norm.
         target_width: features of the concatenated taps, ``len(taps) * Ht``.
@@ -54,8 +54,12 @@ class DraftHead(PreTrainedModel):
         target_width: int,
         draft_ids: Tensor | None,
         owned: tuple[str, ...],
+        rotary: nn.Module | None = None,
     ) -> None:
         """Set what all heads have: embeddings, language-model head, rotary embedding, draft vocabulary.
+
+        Args:
+            rotary: the rotary embedding; None for Llama's, of ``config``.
 
         Raises:
             DraftError: a tap, a width or a vocabulary that does not fit the target.
@@ -71,7 +75,7 @@ class DraftHead(PreTrainedModel):
         if "lm_head" in owned:
             lm_head = nn.Linear(hidden, config.vocab_size if draft_ids is None else draft_ids.shape[0], bias=False)
         self.embed_tokens, self.lm_head = embedding, lm_head
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if rotary is None else rotary
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -84,9 +88,10 @@ class DraftHead(PreTrainedModel):
         return F.embedding(input_ids, self.embed_tokens.weight)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Parameters that are the head's own, by name: what a checkpoint must hold and what training may change."""
+        """Tensors that are the head's own, by name: what a checkpoint must hold. Parameters, and routers' biases, which
+        transformers keeps as buffers."""
         shared = tuple(f"{name}." for name in ("embed_tokens", "lm_head") if name not in self.owned)
-        return {name: value for name, value in self.named_parameters(remove_duplicate=False) if not name.startswith(shared)}
+        return {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith(shared)}
 
     def project(self, states: Tensor) -> Tensor:
         """The target's states [..., len(taps) * Ht] -> the ``hidden_states`` [..., H] of a forward."""

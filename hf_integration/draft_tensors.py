@@ -6,9 +6,10 @@ vocabulary) is taken from the names; the config decides what does not show. What
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def tensor_names(directory: Path) -> set[str]:
     for index in (directory / "model.safetensors.index.json", directory / "pytorch_model.bin.index.json"):
         if index.exists():
             return set(json.loads(index.read_text())["weight_map"])
-    return {name for file in _weight_files(directory) for name, _ in _tensors(file, only_names=True)}
+    return {name for file in weight_files(directory) for name in read_names(file)}
 
 
 def read_checkpoint(directory: Path, config: Mapping[str, object]) -> DraftCheckpoint:
@@ -80,19 +81,14 @@ def read_checkpoint(directory: Path, config: Mapping[str, object]) -> DraftCheck
     Raises:
         DraftError: no weight files, or one that cannot be read.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files:
         raise DraftError(f"draft={str(directory)!r} holds no .safetensors or .bin file.")
-    tensors = {}
-    for file in files:
-        try:
-            tensors |= {_renamed(name): tensor for name, tensor in _tensors(file)}
-        except Exception as error:  # safetensors and pickle raise kinds of their own
-            raise DraftError(f"draft={str(directory)!r}: {file.name} cannot be read: {error}") from error
+    tensors = {_renamed(name): tensor for file in files for name, tensor in read_tensors(file).items()}
     return DraftCheckpoint(str(directory), config, tensors)
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """safetensors if there are any, else .bin; what an index names, else all of a kind."""
     for pattern, index in (
         ("*.safetensors", "model.safetensors.index.json"),
@@ -106,13 +102,39 @@ def _weight_files(directory: Path) -> list[Path]:
     return []
 
 
-def _tensors(file: Path, only_names: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                yield name, None if only_names else opened.get_tensor(name)
-    else:
-        yield from torch.load(file, map_location="cpu", weights_only=True).items()
+def read_names(file: Path) -> list[str]:
+    """Names of a weight file's tensors.
+
+    Raises:
+        DraftError: it cannot be read.
+    """
+    with _readable(file):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                return list(opened.keys())
+        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+
+def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a weight file on the CPU, by name: all of them, or ``names``, of which a .safetensors file reads no more.
+
+    Raises:
+        DraftError: it cannot be read, or does not hold ``names``.
+    """
+    with _readable(file):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                return {name: opened.get_tensor(name) for name in (opened.keys() if names is None else names)}
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return tensors if names is None else {name: tensors[name] for name in names}
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors and pickle raise kinds of their own
+        raise DraftError(f"draft={str(file.parent)!r}: {file.name} cannot be read: {error}") from error
 
 
 def _renamed(name: str) -> str:

@@ -130,7 +130,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
         "--draft",
         default="ngram",
         metavar="DRAFT",
-        help="ngram, none, or path or hub id of a draft head or a smaller model (default: ngram)",
+        help="ngram, mtp, none, or path or hub id of a draft head or a smaller model (default: ngram)",
     )
     parser.add_argument(
         "--backend", default="auto", metavar="NAME", help="attention kernel provider, auto or tune (default: auto)"

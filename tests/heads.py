@@ -1,4 +1,4 @@
-"""EAGLE-3 heads that are right some of the time, and engines with them."""
+"""Draft heads that are right some of the time, and engines with them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def drafted_states(head: DraftHead, states: Tensor, tokens: Tensor, steps: int) 
     return out
 
 
+def read_by_lm_head(head: DraftHead, hidden: Tensor) -> Tensor:
+    """What the head's language-model head reads of a forward's output."""
+    kept: list[Tensor] = []
+    handle = head.lm_head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    head.logits(hidden)
+    handle.remove()
+    return kept[0]
+
+
 @torch.no_grad()
 def fit(
     head: DraftHead,
@@ -63,18 +72,21 @@ def fit(
 ) -> None:
     """Teach the head's language-model head the texts by least squares: right often enough, and in a moment.
 
+    The language-model head must be the draft head's own.
+
     Args:
         texts: int64 [L] each, without padding.
         first: only the last so many tokens of each are taught; the text is random before.
         noise: what is added to the solution, in its own standard deviations, so that the right token is not always the first.
     """
     features, wanted = [], []
-    where = {int(token): i for i, token in enumerate(head.draft_ids)}
+    ids = torch.arange(head.lm_head.weight.shape[0]) if head.draft_ids is None else head.draft_ids
+    where = {int(token): i for i, token in enumerate(ids)}
     for tokens in texts:
         states = target_states(target, head.taps, tokens)
         for step, hidden in enumerate(drafted_states(head, states, tokens, steps)):
             answers = tokens[step + 2 :]
-            for feature, answer in list(zip(head.norm(hidden[0, : len(answers)]), answers, strict=True))[-first:]:
+            for feature, answer in list(zip(read_by_lm_head(head, hidden[0, : len(answers)]), answers, strict=True))[-first:]:
                 if int(answer) in where:
                     features.append(feature)
                     wanted.append(where[int(answer)])

@@ -20,6 +20,7 @@ from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.mtp import random_mtp_head
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -49,11 +50,14 @@ def fresh_seed() -> None:
 
 @functools.cache
 def runners_for(
-    family: str, hardware: Hardware, hidden_size: int, draft_vocab_size: int, head_window: int | None
+    family: str, hardware: Hardware, hidden_size: int, draft_vocab_size: int, head_window: int | None, mtp: bool
 ) -> tuple[ModelRunner, HeadRunner]:
-    """A target and a random head of two layers, captured once."""
+    """A target and a random head of two layers, or an MTP head, captured once."""
     model = tiny_model(family, hidden_size=hidden_size)
-    head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2, sliding_window=head_window)
+    if mtp:
+        head = random_mtp_head(model, own_lm_head=True)
+    else:
+        head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2, sliding_window=head_window)
     compiler = SegmentCompiler("none", hardware)
     options = {"hardware": hardware, "backend": "torch", "compiler": compiler, "page_size": 16}
     return ModelRunner(model, stage="verify", taps=head.taps, **options), HeadRunner(head, stage="draft", **options)
@@ -67,11 +71,12 @@ def engine_for(
     hidden_size: int = 64,
     vocab: int = 64,
     head_window: int | None = None,
+    mtp: bool = False,
     **options: object,
 ) -> Engine:
     """What ``spec_compile()`` builds, on any hardware's terms."""
     config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, **options_of(shape), **options)
-    target, runner = runners_for(family, hardware, hidden_size, vocab, head_window)
+    target, runner = runners_for(family, hardware, hidden_size, vocab, head_window, mtp)
     draft = EagleDraft(runner, runner.model, config.round_shape(5), 96)
     return Engine(target, draft, target.compiler, hardware, config)
 
@@ -152,8 +157,17 @@ def taught(engine: Engine, wanted: Request, **settings: object) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_caches_and_look_ahead_equal_plain_forwards_over_the_final_text(case: tuple) -> None:
+    check_to_the_end(engine_for(*case))
+
+
+@pytest.mark.parametrize("shape", ["3/1/4", "3/2/6"])
+def test_caches_behind_an_mtp_head(shape: str) -> None:
+    """Its own cache holds latents, in pages of one row."""
+    check_to_the_end(engine_for("deepseek_v3", shape, CPU, mtp=True))
+
+
+def check_to_the_end(engine: Engine) -> None:
     """From prefill to the end: ragged rows, one of a single token, that finish apart, drafts accepted in part."""
-    engine = engine_for(*case)
     wanted = request([5, 1, 19], [40, 25, 9])
     taught(engine, wanted)
     state, counts = engine.admit(wanted), []

@@ -64,12 +64,12 @@ _EAGER = {"gemma2", "gpt_oss"}  # soft-capping and sinks have no SDPA form in tr
 
 
 def tiny_model(family: str, seed: int = 0, device: str = "cpu", **overrides: object) -> PreTrainedModel:
-    """A random float32 model of ``family``; the same seed gives the same weights."""
+    """A random float32 model of ``family``, a model type of transformers; the same seed gives the same weights."""
     if family == "gpt2":
         settings = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
         settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     else:
-        settings = {**_COMMON, **(_FAMILIES | _RECURRENT)[family]}
+        settings = {**_COMMON, **(_FAMILIES | _RECURRENT).get(family, {})}
         if family == "deepseek_v3":
             settings.pop("head_dim")
     torch.manual_seed(seed)

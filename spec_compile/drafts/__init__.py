@@ -33,7 +33,8 @@ def make_draft(
     """The draft a user named.
 
     Args:
-        draft: ``"ngram"``, a draft head (EAGLE, DFlash), a causal LM, the path or hub id of one, or None for no speculation.
+        draft: ``"ngram"``, ``"mtp"`` (the head in the target's own checkpoint), a draft head (EAGLE, DFlash, MTP), a causal LM,
+            the path or hub id of one, or None for no speculation.
         make_runner, make_head_runner: build the runner of a draft model, of a head.
 
     Raises:
@@ -49,12 +50,16 @@ def make_draft(
         return None
     if draft == "ngram":
         return NgramDraft(_chain_only(config, "ngram", _NGRAM_STEPS), config.min_ngram, config.max_ngram)
+    if draft == "mtp":
+        from spec_compile.hf_integration.mtp_checkpoint import load_mtp_head
+
+        draft = load_mtp_head(target)
     if isinstance(draft, str | os.PathLike):
         draft = _load(os.fspath(draft), target)
     if not isinstance(draft, PreTrainedModel):
         raise DraftError(
-            f"draft={type(draft).__name__} object: pass 'ngram', a draft head, a transformers causal LM, the path or hub id "
-            "of one, or None."
+            f"draft={type(draft).__name__} object: pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or "
+            "hub id of one, or None."
         )
     refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
     embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
@@ -105,7 +110,7 @@ def _block_shape(config: SpecConfig, head: DFlashHead) -> RoundShape:
 
 def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape:
     if config.topk > 1:
-        raise DraftError(f"topk={config.topk}: {what} drafts chains only; leave topk out, or draft with an EAGLE head.")
+        raise DraftError(f"topk={config.topk}: {what} drafts chains only; leave topk out, or draft with an EAGLE or MTP head.")
     return config.round_shape(default_steps)
 
 
@@ -113,8 +118,8 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
     if not os.path.isdir(name):
         if os.path.isabs(name) or name.startswith((".", "~")):
             raise DraftError(f"draft={name!r}: there is no such directory.")
-        if difflib.get_close_matches(name, ["ngram"], cutoff=0.7):
-            raise DraftError(f"draft={name!r}: did you mean 'ngram'?")
+        if near := difflib.get_close_matches(name, ["ngram", "mtp"], cutoff=0.7):
+            raise DraftError(f"draft={name!r}: did you mean {near[0]!r}?")
     from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 
     head = load_draft_head(name, target)

@@ -1,0 +1,302 @@
+"""MTP heads from a target's own checkpoint, where transformers leaves them behind when it loads the model.
+
+* Qwen3-Next, Qwen3.5 and its MoE: ``mtp.*``, beside ``model.*`` or ``model.language_model.*`` (vLLM models/qwen3_next_mtp.py,
+  SGLang models/qwen3_5_mtp.py).
+* DeepSeek-V3, GLM-4.5 and later: ``model.layers.{L}.*`` behind the last layer (vLLM models/deepseek_mtp.py, transformers
+  modeling_layers.py).
+* MiMo-7B: ``model.mtp_layers.{i}.*`` (vLLM models/mimo_mtp.py).
+
+Only the files that hold these tensors are opened, or fetched from the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_head import like_target
+from spec_compile.hf_integration.draft_tensors import (
+    DraftCheckpoint,
+    fill,
+    read_names,
+    read_tensors,
+    vocabulary,
+    weight_files,
+)
+from spec_compile.hf_integration.mtp import MtpHead
+
+
+@dataclass(frozen=True)
+class MtpFormat:
+    """How one family's checkpoints name an MTP module.
+
+    Attributes:
+        name: for messages.
+        projection: the projection's name behind the prefix, by which the format is known.
+        prefix: pattern of what stands before every name; its group ``module`` counts modules that stand side by side.
+        renames: starts of names behind the prefix -> ``MtpHead``'s; the first that fits counts, "" fits all.
+        hidden_first: see ``MtpHead``.
+    """
+
+    name: str
+    projection: str
+    prefix: str
+    renames: Mapping[str, str]
+    hidden_first: bool = False
+
+
+_FORMATS = (
+    MtpFormat(
+        "Qwen3-Next",
+        "fc.weight",
+        r"(?:.*\.)?mtp\.",
+        {
+            "fc.": "eh_proj.",
+            "pre_fc_norm_embedding.": "enorm.",
+            "pre_fc_norm_hidden.": "hnorm.",
+            "": "",  # layers.0.*, norm.*
+        },
+    ),
+    MtpFormat(
+        "DeepSeek-V3",
+        "eh_proj.weight",
+        r"(?:.*\.)?layers\.(?P<module>\d+)\.",
+        {
+            "enorm.": "enorm.",
+            "hnorm.": "hnorm.",
+            "eh_proj.": "eh_proj.",
+            "embed_tokens.": "embed_tokens.",
+            "shared_head.norm.": "norm.",
+            "shared_head.head.": "lm_head.",
+            "": "layers.0.",
+        },
+    ),
+    MtpFormat(
+        "MiMo",
+        "input_proj.weight",
+        r"(?:.*\.)?mtp_layers\.(?P<module>\d+)\.",
+        {
+            "token_layernorm.": "enorm.",
+            "hidden_layernorm.": "hnorm.",
+            "input_proj.": "eh_proj.",
+            "final_layernorm.": "norm.",
+            "": "layers.0.",
+        },
+        hidden_first=True,
+    ),
+)
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_LOOKED_FOR = "mtp.fc.weight, model.layers.<L>.eh_proj.weight, model.mtp_layers.<i>.input_proj.weight"
+
+
+@dataclass(frozen=True)
+class MtpLayout:
+    """Where a checkpoint's first MTP module stands.
+
+    Attributes:
+        prefix: what its tensors' names begin with.
+        modules: how many modules, or layers of one, the checkpoint holds.
+    """
+
+    format: MtpFormat
+    prefix: str
+    modules: int
+
+
+def find_mtp(names: Collection[str]) -> MtpLayout | None:
+    """The MTP module among a checkpoint's tensor names; None without one."""
+    for known in _FORMATS:
+        pattern = re.compile(rf"(?P<prefix>{known.prefix}){re.escape(known.projection)}")
+        found = [match for name in names if (match := pattern.fullmatch(name))]
+        if not found:
+            continue
+        if "module" in pattern.groupindex:
+            first = min(found, key=lambda match: int(match["module"]))
+            return MtpLayout(known, first["prefix"], len(found))
+        prefix = found[0]["prefix"]
+        layers = {match[1] for name in names if (match := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
+        return MtpLayout(known, prefix, len(layers))
+    return None
+
+
+def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = None) -> MtpHead:
+    """Load the MTP head that a target's checkpoint holds, in the target's dtype and on its device.
+
+    Of several modules or layers the first drafts every step, as SGLang does it; a warning says so.
+
+    Args:
+        where: a directory or hub id that holds the tensors; None for what the target was loaded from.
+
+    Raises:
+        DraftError: no MTP tensors, or such that do not fit; says what was looked for and what was seen.
+    """
+    revision = None
+    if where is None:
+        where, revision = target.name_or_path, getattr(target.config, "_commit_hash", None)
+        if not where:
+            raise DraftError(
+                "draft='mtp' reads the head from the checkpoint that the target was loaded from, but this target was built "
+                "from a config. Pass the checkpoint: draft=<directory or hub id with the MTP tensors>."
+            )
+    where = os.fspath(where)
+    files = _files_by_name(where, revision)
+    layout = find_mtp(files)
+    if layout is None:
+        seen = f"{len(files)} tensors ({', '.join(sorted(files)[:3])}, …)" if files else "no .safetensors or .bin file"
+        gguf = " GGUF files are not read." if Path(where).expanduser().is_dir() and [*Path(where).glob("*.gguf")] else ""
+        raise DraftError(
+            f"draft={where!r} holds no MTP head: looked for {_LOOKED_FOR}; it holds {seen}.{gguf} Many quantised or fine-tuned "
+            "copies leave the head out: pass the original's directory or hub id as draft=."
+        )
+    return _build(target, where, layout, _read(where, revision, layout, files), _block_size(where, revision))
+
+
+def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target: PreTrainedModel) -> bool:
+    """Whether a checkpoint is to be read as an MTP head for ``target``: it holds one beside a model of the target's sizes, or
+    in a directory of its own. Another model with a head of its own (a smaller sibling) is none.
+
+    Args:
+        config: the checkpoint's ``config.json``.
+    """
+    text, ours = config.get("text_config") or config, target.config.get_text_config(decoder=True)
+    of_target = all(text.get(size) == getattr(ours, size) for size in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if not of_target and not Path(where).expanduser().is_dir():
+        return False  # nothing more is fetched of an ordinary draft model
+    files = _files_by_name(os.fspath(where), None)
+    layout = find_mtp(files)
+    return layout is not None and (of_target or all(name.startswith(layout.prefix) for name in files))
+
+
+def _build(
+    target: PreTrainedModel, where: str, layout: MtpLayout, tensors: dict[str, Tensor], block_size: tuple[int, int]
+) -> MtpHead:
+    if layout.modules > 1:
+        warnings.warn(
+            f"spec_compile: draft={where!r} holds {layout.modules} MTP layers for as many steps; the first drafts every step.",
+            stacklevel=2,
+        )
+    tensors = _stack_experts(_dequantise(where, tensors, block_size))
+    checkpoint = DraftCheckpoint(where, {}, tensors)
+    _, owned = vocabulary(checkpoint, target)
+    sparse = any(name.startswith("layers.0.mlp.experts.") for name in tensors)
+    with like_target(target):
+        head = MtpHead(target, sparse=sparse, hidden_first=layout.format.hidden_first, owned=owned)
+    fill(head, checkpoint)
+    return head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _file(where: str, name: str, revision: str | None) -> Path | None:
+    """A file of a directory or a hub repository; None where there is none of that name."""
+    local = Path(where).expanduser()
+    if local.is_dir():
+        return local / name if (local / name).exists() else None
+    try:
+        return Path(hf_hub_download(where, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # hub, network and cache errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DraftError(f"draft={where!r}: {name} of the target's checkpoint cannot be read: {reason}") from error
+
+
+def _files_by_name(where: str, revision: str | None) -> dict[str, str]:
+    """Tensor name -> the file that holds it; empty without weight files."""
+    for name in _INDEXES:
+        if index := _file(where, name, revision):
+            return json.loads(index.read_text())["weight_map"]
+    local = Path(where).expanduser()
+    if local.is_dir():
+        files = weight_files(local)
+    else:
+        files = [path for name in _SINGLE_FILES if (path := _file(where, name, revision))][:1]
+    return {name: file.name for file in files for name in read_names(file)}
+
+
+def _read(where: str, revision: str | None, layout: MtpLayout, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """The module's tensors on the CPU under ``MtpHead``'s names; of several layers the first's."""
+    wanted = {name: file for name, file in files.items() if name.startswith(layout.prefix)}
+    out = {}
+    for file in sorted(set(wanted.values())):
+        path = _file(where, file, revision)
+        if path is None:
+            raise DraftError(f"draft={where!r}: its index says that MTP tensors are in {file}, which is not there.")
+        out |= read_tensors(path, {name for name, held_by in wanted.items() if held_by == file})
+    renamed = {_renamed(name.removeprefix(layout.prefix), layout.format): value for name, value in out.items()}
+    return {name: value for name, value in renamed.items() if not re.match(r"layers\.[1-9]", name)}
+
+
+def _renamed(name: str, known: MtpFormat) -> str:
+    old, new = next((old, new) for old, new in known.renames.items() if name.startswith(old))
+    return new + name.removeprefix(old)
+
+
+def _block_size(where: str, revision: str | None) -> tuple[int, int]:
+    """Rows and columns that one scale of an 8-bit matrix stands for."""
+    path = _file(where, "config.json", revision)
+    config = json.loads(path.read_text()) if path else {}
+    rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    return rows, columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _dequantise(where: str, tensors: Mapping[str, Tensor], block_size: tuple[int, int]) -> dict[str, Tensor]:
+    """DeepSeek's 8-bit matrices, float8_e4m3fn [O, I] with float32 scales a block (``weight_scale_inv``), made bfloat16.
+
+    Source: deepseek-ai/DeepSeek-V3 inference/kernel.py weight_dequant.
+
+    Raises:
+        DraftError: another kind of quantisation.
+    """
+    out = {name: value for name, value in tensors.items() if not name.endswith("_scale_inv")}
+    for name, value in out.items():
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is not None and value.dtype == torch.float8_e4m3fn:
+            rows, columns = value.shape[-2:]
+            scales = scales.repeat_interleave(block_size[0], -2)[..., :rows, :].repeat_interleave(block_size[1], -1)
+            out[name] = (value.float() * scales[..., :columns]).bfloat16()
+        elif scales is not None or not value.is_floating_point() or value.element_size() < 2:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise DraftError(
+                f"draft={where!r}: MTP tensor {name} is stored as {dtype}, a quantisation that is not read (16 and 32 bits "
+                "are, and float8_e4m3fn with weight_scale_inv). Pass the original checkpoint as draft=."
+            )
+    return out
+
+
+def _stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of every expert -> transformers' two of all: ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]."""
+    pattern = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+    out, parts = {}, {}
+    for name, value in tensors.items():
+        if match := pattern.fullmatch(name):
+            parts.setdefault(match["experts"], {}).setdefault(match["part"], {})[int(match["number"])] = value
+        else:
+            out[name] = value
+    for experts, by_part in parts.items():
+        counts = {part: len(by_part.get(part, ())) for part in ("gate", "up", "down")}
+        if len(set(counts.values())) > 1:
+            raise DraftError(f"MTP tensors {experts}.*: {counts} matrices of these projections, which must be as many.")
+        stacked = {part: torch.stack([by_number[i] for i in sorted(by_number)]) for part, by_number in by_part.items()}
+        out[f"{experts}.gate_up_proj"] = torch.cat([stacked["gate"], stacked["up"]], 1)
+        out[f"{experts}.down_proj"] = stacked["down"]
+    return out
