@@ -81,10 +81,10 @@ def spec_compile(
     compiler = SegmentCompiler(config.compile, hardware)
     tuner = AttentionTuner(hardware, device, config.progress)
 
-    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, **more: object) -> ModelRunner:
+    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, taps: tuple[int, ...] = ()) -> ModelRunner:
         return runner(
             module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
-            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, **more,
+            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,
         )  # fmt: skip
 
     source = make_draft(
@@ -94,7 +94,6 @@ def spec_compile(
         lambda lm: make(ModelRunner, lm, "draft"),
         lambda head: make(DFlashRunner if isinstance(head, DFlashHead) else HeadRunner, head, "draft"),
     )
-    drafts = {} if source is None else {"taps": source.taps, "most_tokens": source.shape.num_draft_tokens}
-    target = make(ModelRunner, model, "verify", **drafts)
+    target = make(ModelRunner, model, "verify", () if source is None else source.taps)
     model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
     return model

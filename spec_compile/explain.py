@@ -35,6 +35,12 @@ def _rounds(shape: RoundShape) -> str:
 
 def _runner(role: str, runner: ModelRunner) -> list[str]:
     lines = []
+    if runner.states is not None:
+        states = runner.states
+        lines.append(
+            f"{role}: {len(states.layout.layers)} recurrent layers, {(states.nbytes - states.window_bytes) / 2**20:.1f} MiB of "
+            f"states, {states.window_bytes / 2**20:.1f} MiB for windows of up to {states.most_tokens} tokens"
+        )
     for name, choices in runner.choices.items():
         lines.append(f"{role} graph: {name}")
         for choice in choices:

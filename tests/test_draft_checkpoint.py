@@ -180,7 +180,7 @@ def test_an_assistant_that_reads_the_targets_cache_is_refused_by_name(tmp_path: 
     for draft in (str(write(tmp_path, config, {"pre_projection.weight": torch.ones(2, 2)})), target()):
         if not isinstance(draft, str):
             draft.__class__ = type("Gemma4AssistantForCausalLM", (type(draft),), {})
-        with pytest.raises(DraftError, match="Gemma4AssistantForCausalLM.*without keys and values of its own.*draft='ngram'"):
+        with pytest.raises(DraftError, match=r"Gemma4AssistantForCausalLM.*without keys and values of its own.*draft='ngram'"):
             spec_compile(target(), draft=draft, compile="none")
 
 

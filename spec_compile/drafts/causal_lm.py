@@ -37,6 +37,11 @@ class CausalLMDraft:
     def __init__(self, runner: ModelRunner, shape: RoundShape, vocab_size: int) -> None:
         self.runner, self.shape, self.vocab_size, self.reach = runner, shape, vocab_size, shape.num_steps
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
+        if runner.recurrent:
+            raise DraftError(
+                f"draft={type(runner.model).__name__} has recurrent layers, whose states cannot go back to where a draft was "
+                "refused. Use a draft of attention layers only, a head trained for the target, 'mtp' or 'ngram'."
+            )
         context = getattr(runner.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_position = (context or 2**31) - 1  # a draft with a shorter context drafts badly there, but drafts
         if abs(self.draft_vocab_size - vocab_size) > _MAX_VOCAB_PADDING:

@@ -143,7 +143,7 @@ class Engine:
         )
 
     def _allocate(self, rows: int, capacity: int) -> None:
-        moved = self.target.reserve(rows, capacity)
+        moved = self.target.reserve(rows, capacity, self.shape.num_draft_tokens)
         if self.draft is not None:
             moved = self.draft.reserve(rows, capacity) or moved
         if not moved and self._buffers is not None:

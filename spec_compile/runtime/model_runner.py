@@ -35,7 +35,6 @@ class ModelRunner:
         kv_dtype: type of the caches; None for the model's own.
         tuner: measures providers for ``backend="tune"``.
         taps: hidden states that programs put out behind their logits, for a draft; numbered as in ``capture_window``.
-        most_tokens: of a window, for models with recurrent layers.
 
     Attributes:
         pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
@@ -57,7 +56,6 @@ class ModelRunner:
         kv_dtype: torch.dtype | None = None,
         tuner: Tuner | None = None,
         taps: tuple[int, ...] = (),
-        most_tokens: int = 1,
     ) -> None:
         self.taps = taps
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
@@ -65,7 +63,6 @@ class ModelRunner:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.choices: dict[str, list[Choice]] = {}  # graph name -> providers, for explain()
         self.reports: dict[str, list[str]] = {}
-        self.most_tokens = most_tokens
         self.pool: kv_pool.KVPool | None = None
         self.states: state_pool.StatePool | None = None
         self._captured: dict[tuple, StageGraph] = {}
@@ -78,6 +75,11 @@ class ModelRunner:
         self._check_window_stages()
         self._layouts = kv_pool.layouts(self.choices["prefill"])
         self._state_layout = state_pool.state_layout(prefill.graph)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a recurrent state."""
+        return self._state_layout is not None
 
     def _check_window_stages(self) -> None:
         """Ask for single tokens what can be asked before windows are captured, so that a forced provider fails at once."""
@@ -164,13 +166,17 @@ class ModelRunner:
         """Whether the model is no longer what was captured: moved or replaced tensors and modules, hooks, adapters."""
         return self._fingerprint != fingerprint(self.model)
 
-    def reserve(self, rows: int, capacity: int) -> bool:
+    def reserve(self, rows: int, capacity: int, most_tokens: int = 1) -> bool:
         """Make sure the pool has ``rows`` rows of ``capacity`` slots; True when it was (re)allocated.
+
+        Args:
+            most_tokens: of a window, which recurrent layers keep until it is committed.
 
         A new pool moves every cache, so CUDA graphs captured over the old one are void, and every program chooses its
         kernels anew when it is next used.
         """
-        if self.pool is not None and self.pool.rows >= rows and self.pool.capacity >= capacity:
+        enough = self.states is None or self.states.most_tokens >= most_tokens
+        if self.pool is not None and self.pool.rows >= rows and self.pool.capacity >= capacity and enough:
             return False
         if self.pool is not None:
             rows, capacity = max(rows, self.pool.rows), max(capacity, self.pool.capacity)
@@ -179,7 +185,7 @@ class ModelRunner:
         capacity = -(-capacity // page_size) * page_size
         self.pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
         if self._state_layout is not None:
-            self.states = state_pool.allocate(self._state_layout, rows, self.most_tokens, self.device)
+            self.states = state_pool.allocate(self._state_layout, rows, most_tokens, self.device)
         return True
 
     def drop_pool(self) -> None:

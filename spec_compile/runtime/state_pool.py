@@ -84,6 +84,10 @@ class StatePool:
         return {(layer, part): getattr(self, part)[i] for i, layer in enumerate(self.layout.layers) for part in parts}
 
     @property
+    def most_tokens(self) -> int:
+        return self.conv_window.shape[2]
+
+    @property
     def nbytes(self) -> int:
         return self.state.nbytes + self.conv.nbytes + self.window_bytes
 

@@ -1,0 +1,140 @@
+"""Gated delta nets through ``generate()``: greedy text equals plain transformers token for token in float32, behind n-grams
+and EAGLE-3 heads, as chains and as trees; and the states after many rounds are those of the text."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from heads import fit, options_of, reshape
+from ngrams import looked_up
+from test_windows import BATCHES, CHAIN, NEW_TOKENS, PROMPT, TREE, Compiled, one_bucket
+from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from spec_compile import SpecConfig, spec_compile
+from spec_compile.config import chain
+from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.ngram import NgramDraft
+from spec_compile.errors import DraftError
+from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.runtime.engine import Engine, Request
+from spec_compile.runtime.head_runner import HeadRunner
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.state import SamplingPlan
+
+__all__ = ["one_bucket"]  # a fixture of every test here
+
+
+@pytest.fixture(scope="module", params=RECURRENT_FAMILIES)
+def compiled(request) -> Compiled:
+    reference, model = tiny_model(request.param), tiny_model(request.param)
+    inputs = left_padded(5, PROMPT, seed=1)
+    texts = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    head = random_eagle3_head(model, draft_vocab_size=64)
+    fit(head, reference, [texts[0]], first=NEW_TOKENS, steps=5, noise=0.1)
+    model = spec_compile(model, draft=head, compile="none", num_steps=3, adaptive=False)
+    return Compiled(model, inputs, texts, RECURRENT_FAMILIES.index(request.param))
+
+
+def test_eagle3_chains(compiled: Compiled) -> None:
+    reshape(compiled.model, **options_of(CHAIN))
+    compiled.check(BATCHES[compiled.number % 3])
+
+
+def test_eagle3_trees(compiled: Compiled) -> None:
+    reshape(compiled.model, **options_of(TREE))
+    compiled.check(BATCHES[(compiled.number + 1) % 3])
+
+
+def test_ngram_drafts(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
+    engine = compiled.model.spec._engine
+    draft = NgramDraft(chain(5), min_ngram=1, max_ngram=3)
+    monkeypatch.setattr(
+        compiled.model.spec, "_engine", Engine(engine.target, draft, engine.compiler, engine.hardware, engine.config)
+    )
+    compiled.check(*BATCHES)
+
+
+@functools.cache
+def hybrid() -> tuple[ModelRunner, Eagle3Head, dict[str, object]]:
+    """A target of two recurrent layers and one of attention, a random head for it, and the options of their runners."""
+    hardware = Hardware("cpu", "cpu", 2, "any CPU")
+    compiler = SegmentCompiler("none", hardware)
+    model = tiny_model("qwen3_5_text", num_hidden_layers=3, layer_types=["linear_attention"] * 2 + ["full_attention"])
+    head = random_eagle3_head(model, draft_vocab_size=64)
+    options = {"hardware": hardware, "backend": "auto", "compiler": compiler, "page_size": 16}
+    return ModelRunner(model, stage="verify", taps=head.taps, **options), head, options
+
+
+@torch.no_grad()
+def states_of(model, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """transformers' own states behind ``text`` [L], of every such layer: recurrent [Hv, D, Dv], inputs of the convolution [C, K]."""
+    cache = DynamicCache(config=model.config)
+    model(text[None], past_key_values=cache, use_cache=True)
+    layers = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    return [(layer.recurrent_states[0][0], layer.conv_states[0][0]) for layer in layers]
+
+
+@pytest.mark.parametrize("shape", ["3/1/4", "2/4/8"])
+def test_states_after_a_hundred_rounds_of_random_acceptance(shape: str) -> None:
+    """Chains and trees, rows that end apart, a prompt shorter than the convolution reaches."""
+    target, head, options = hybrid()
+    rates = (0.7, 0.4, 0.5)[: int(shape[0])]
+    config = SpecConfig(compile="none", adaptive=False, simulate_accept_rates=rates, **options_of(shape))
+    draft = EagleDraft(HeadRunner(head, stage="draft", **options), head, config.round_shape(5), 96)
+    engine = Engine(target, draft, target.compiler, options["hardware"], config)
+    prompts = [torch.randint(3, 96, (length,)) for length in (9, 2, 40)]
+    state = engine.admit(Request(prompts, [300, 120, 90], [0] * 3, [], [1, 2, 3], SamplingPlan()))
+    seen: set[int] = set()
+    for _ in range(100):
+        engine.launch(state, SamplingPlan(), engine.shape)
+        seen |= set(state.out[:3, -3].tolist())
+    assert seen == set(range(int(shape[0]) + 2)), "rows must stand still and advance by every possible count"
+    pool = target.states
+    for row in range(3):
+        length = int(state.cache_len[row])
+        for layer, (recurrent, inputs) in enumerate(states_of(target.model, state.tokens[row, :length])):
+            torch.testing.assert_close(pool.state[layer, row + 1], recurrent.transpose(1, 2), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pool.conv[layer, row + 1], inputs.T[-3:], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_and_processors_run_in_lockstep() -> None:
+    reference, model = tiny_model("qwen3_5_text"), tiny_model("qwen3_5_text")
+    inputs = left_padded(3, PROMPT, seed=1)
+    settings = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
+    spec_compile(model, draft="ngram", num_steps=3, min_ngram=1, compile="none", adaptive=False)
+    assert torch.equal(model.generate(**inputs, **settings), reference.generate(**inputs, **settings))
+    assert model.spec.stats().mode == "lockstep"
+
+
+def test_sampled_text_does_not_depend_on_drafts() -> None:
+    """A looked-up draft stands where it is the target's own sample: the states must not drift on the way."""
+    inputs = left_padded(3, PROMPT, seed=1)
+
+    def text(draft: str | None) -> Tensor:
+        torch.manual_seed(3)
+        model = spec_compile(tiny_model("qwen3_next"), draft=draft, num_steps=3, min_ngram=1, compile="none", adaptive=False)
+        return model.generate(**inputs, max_new_tokens=30, do_sample=True, temperature=0.3)
+
+    assert torch.equal(text("ngram"), text(None))
+
+
+def test_the_memory_of_states_is_told_and_small_beside_a_state_a_token() -> None:
+    model = tiny_model("qwen3_5_text")
+    spec_compile(model, draft="ngram", num_steps=7, compile="none", adaptive=False)
+    model.generate(**left_padded(3, PROMPT), max_new_tokens=4, do_sample=False)
+    assert "1 recurrent layers" in model.spec.explain() and "windows of up to 8 tokens" in model.spec.explain()
+    states = model.spec._engine.target.states
+    assert states.nbytes <= model.spec.stats().kv_bytes
+    assert states.window_bytes < 8 * states.state.nbytes / 2, "eight tokens' inputs against eight states"
+
+
+def test_a_recurrent_model_cannot_draft_as_a_causal_lm() -> None:
+    with pytest.raises(DraftError, match="recurrent layers, whose states cannot go back"):
+        spec_compile(tiny_model("qwen3_5_text"), draft=tiny_model("qwen3_5_text", seed=1), compile="none")
