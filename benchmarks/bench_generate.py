@@ -201,14 +201,15 @@ def measure_idle(runner: Runner, inputs: dict[str, Tensor], cell: dict[str, Any]
 
 
 def build(args: argparse.Namespace, systems: list[System]) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Tensor]]:
-    """The target, the draft modules that systems name (a "model", an "eagle" head), and prompts."""
+    """The target, the draft modules that systems name (a "model", the shape's head), and prompts."""
     dtype, draft_shape = getattr(torch, args.dtype), shapes.SHAPES[args.shape].draft
     model = shapes.build_random(args.shape, dtype, args.device)
     wanted, drafts = {system.draft for system in systems}, {}
     if "model" in wanted and draft_shape is not None:
         drafts["model"] = shapes.build_random(draft_shape, dtype, args.device, seed=1)
-    if "eagle" in wanted:
-        drafts["eagle"] = shapes.random_head(model)
+    head = shapes.SHAPES[args.shape].head
+    if head in wanted:
+        drafts[head] = shapes.random_head(args.shape, model)
     prompts = shapes.random_prompts(model.config.vocab_size, max(args.batch), args.prompt_len, args.device)
     return model, drafts, prompts
 
@@ -365,7 +366,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[1, 8, 32])
     add("--prompt-len", type=int, default=512)
     add("--new-tokens", type=int, default=128)
-    add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="run in the order listed here")
+    add("--systems", nargs="*", choices=list(SYSTEMS), help="run in the order listed here; all that fit the shape")
     add("--backend", default="auto", help="passed to spec_compile()")
     add("--config", type=json.loads, default={}, metavar="JSON", help="more SpecConfig options of ours")
     add("--repeats", type=int, default=5)
@@ -380,6 +381,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--plot", metavar="PNG")
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.systems = shapes.systems_of(args.shape) if args.systems is None else args.systems
     return args
 
 

@@ -79,7 +79,7 @@ class Bench:
     def build(cls, args: argparse.Namespace) -> Bench:
         hardware = detect_hardware(args.device)
         model = shapes.build_random(args.shape, getattr(torch, args.dtype), args.device)
-        head = shapes.random_head(model)
+        head = shapes.random_head(args.shape, model)
         compiler = SegmentCompiler(args.compile, hardware)
         options = {"hardware": hardware, "backend": args.backend, "compiler": compiler, "page_size": SpecConfig.page_size}
         return cls(
@@ -114,10 +114,13 @@ class Bench:
 
 
 def fill_caches(engine: Engine) -> None:
-    """Random keys and values: zeros would need less power than real ones, and the clocks would show it."""
+    """Random keys, values and states: zeros would need less power than real ones, and the clocks would show it."""
     for runner in engine._runners():
         for cache in runner.pool.caches.values():
             cache.normal_()
+        if runner.states is not None:
+            runner.states.state.normal_()
+            runner.states.conv.normal_()
     if engine.draft is not None:
         engine.draft.level_logits.normal_()
         engine.draft.level_states.normal_()

@@ -9,6 +9,8 @@ import torch
 from shapes import System, median_ms
 from torch import Tensor, nn
 
+from spec_compile.hf_integration.attention_interface import recurrent_layers
+
 
 def read_bandwidth(device: str) -> dict[str, float]:
     """Bytes a second this device reads: the better of a large reduction and a large copy (which reads and writes)."""
@@ -38,22 +40,40 @@ def weight_bytes_read(model: nn.Module) -> int:
     return total if head is embedding else total - embedding.numel() * embedding.element_size()
 
 
+_PROJECTIONS = ("fc.", "eh_proj.")
+
+
 def head_bytes_read(head: nn.Module) -> dict[str, int]:
-    """Weights of an EAGLE head that a draft step, and the extension behind verification, must read; no embeddings."""
+    """Weights of a draft head that a draft step, and the extension behind verification, must read; no embeddings."""
     own = head.own_tensors()
-    layers = sum(value.nbytes for name, value in own.items() if not name.startswith(("fc.", "embed_tokens.", "lm_head.")))
+    layers = sum(
+        value.nbytes for name, value in own.items() if not name.startswith((*_PROJECTIONS, "embed_tokens.", "lm_head."))
+    )
     step = layers + head.get_output_embeddings().weight.nbytes
-    return {"draft": step, "draft_extend": step + sum(value.nbytes for name, value in own.items() if name.startswith("fc."))}
+    projection = sum(value.nbytes for name, value in own.items() if name.startswith(_PROJECTIONS))
+    extend = step + projection
+    # An MTP head projects its own states too; EAGLE-3's are as wide as its layer.
+    return {"draft": extend if head.kind == "mtp" else step, "draft_extend": extend}
 
 
 def kv_bytes_per_token(model: nn.Module) -> int:
     config = model.config.get_text_config(decoder=True)
+    layers = config.num_hidden_layers - len(recurrent_layers(config))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     element = next(model.parameters()).element_size()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element
+    return 2 * layers * config.num_key_value_heads * head_dim * element
 
 
-_FUSABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+def state_bytes_per_row(model: nn.Module) -> int:
+    """Bytes of a row's recurrent states, float32; 0 for a model of attention layers only."""
+    config = model.config.get_text_config(decoder=True)
+    layers = len(recurrent_layers(config))
+    if layers == 0:
+        return 0
+    return 4 * layers * config.linear_num_value_heads * config.linear_value_head_dim * config.linear_key_head_dim
+
+
+_FUSABLE = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _weight_groups(model: nn.Module, fuse: bool) -> list[Tensor]:
@@ -103,25 +123,27 @@ def linears_alone(model: nn.Module, token_counts: Iterable[int], device: str) ->
 def measure_floor(
     model: nn.Module, drafts: dict[str, nn.Module], cells: Iterable[tuple[System, int]], context: float, device: str
 ) -> dict[str, Any]:
-    """A round cannot beat its bytes: the target's weights and cache once, a draft model's or head's once a draft step.
+    """A round cannot beat its bytes: the target's weights and cache once, its recurrent states read and written once, a draft
+    model's or head's once a draft step.
 
     Args:
-        drafts: what ``System.draft`` names. An EAGLE head runs steps - 1 draft steps and one extension; the projection of the
+        drafts: what ``System.draft`` names. A head runs steps - 1 draft steps and one extension; the projection of the
             target's states is left out of its linears.
     """
     cells, bandwidth = list(cells), read_bandwidth(device)
     linears, how = linears_alone(model, [batch * (system.steps + 1) for system, batch in cells], device)
     alone_of = {}
     for name, draft in drafts.items():
-        layers = nn.ModuleList([*draft.layers, draft.get_output_embeddings()]) if name == "eagle" else draft
+        heads = name in ("eagle", "mtp")
+        layers = nn.ModuleList([*draft.layers, draft.get_output_embeddings()]) if heads else draft
         alone_of[name] = linears_alone(layers, [batch for _, batch in cells], device)[0]
     floors = {}
     for system, batch in cells:
-        size = weight_bytes_read(model) + batch * context * kv_bytes_per_token(model)
+        size = weight_bytes_read(model) + batch * (context * kv_bytes_per_token(model) + 2 * state_bytes_per_row(model))
         alone = linears[batch * (system.steps + 1)]
         if system.draft in drafts:
             draft = drafts[system.draft]
-            if system.draft == "eagle":
+            if system.draft in ("eagle", "mtp"):
                 once = head_bytes_read(draft)
                 size += (system.steps - 1) * once["draft"] + once["draft_extend"]
             else:

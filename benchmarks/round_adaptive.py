@@ -28,7 +28,7 @@ _WAYS = ("off", "adaptive", "fixed")
 def run_adaptive(args: argparse.Namespace) -> dict[str, Any]:
     """Fill ``adaptive``: a row per batch and rate with each way's tokens/s; see ``--adaptive-grid``."""
     model = shapes.build_random(args.shape, getattr(torch, args.dtype), args.device)
-    head = shapes.random_head(model)
+    head = shapes.random_head(args.shape, model)
     context = args.contexts[0]
     prompts = shapes.random_prompts(model.config.vocab_size, max(args.batches), context, args.device)
     batches = sorted(args.batches, reverse=True)  # pools are made for the largest and serve the others

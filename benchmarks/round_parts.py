@@ -74,6 +74,10 @@ def _op_bytes(name: str, args: tuple, out: object, looked_up: set[int]) -> int:
     if name == "kv_commit":
         caches, _, _, path = args
         return 2 * path.numel() * sum(cache[0, 0].nbytes for cache in caches)
+    if name == "gdn_commit":  # of whole pools, the rows' states read and written, and the windows' entries that stand
+        state, conv, *windows, slots, _, _ = args
+        rows, kept = slots.numel(), sum(window[:, 0].nbytes for window in windows)
+        return rows * (2 * state[:, 0].nbytes + 2 * conv[:, 0].nbytes + kept)
     return _nbytes((args, out), looked_up)
 
 
@@ -110,8 +114,9 @@ def weight_bytes(engine: Engine) -> dict[str, int]:
 
 
 def kv_bytes(engine: Engine, batch: int, context: int) -> dict[str, int]:
-    """Committed keys and values by stage."""
-    read = {"verify": batch * context * floors.kv_bytes_per_token(engine.target.model)}
+    """Committed keys and values, and recurrent states, by stage."""
+    model = engine.target.model
+    read = {"verify": batch * (context * floors.kv_bytes_per_token(model) + floors.state_bytes_per_row(model))}
     if engine.draft is not None:
         read["draft"] = read["draft_extend"] = batch * context * floors.kv_bytes_per_token(engine.draft.head)
     return read

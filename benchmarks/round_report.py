@@ -7,9 +7,11 @@ from typing import Any
 
 import report
 import round_cells
+import shapes
 from round_cells import Cell, accept_lengths, label, parse_rounds
 
 Row = dict[str, Any]
+HEADS = {"eagle": "EAGLE-3-shaped head", "mtp": "MTP-shaped head"}
 
 
 def cell_of(row: Row) -> Cell:
@@ -244,7 +246,10 @@ def adaptive_table(result: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     meta, args = result["meta"], result["args"]
-    lines = [f"**{args['shape']}, RANDOM WEIGHTS, {args['dtype']}, EAGLE-3-shaped head, {meta['device']}**", ""]
+    lines = [
+        f"**{args['shape']}, RANDOM WEIGHTS, {args['dtype']}, {HEADS[shapes.SHAPES[args['shape']].head]}, {meta['device']}**",
+        "",
+    ]
     judged = verdicts(result) if result["rows"] else []
     if judged:
         lines += _table(["budget", "measured", "bound", "verdict"], judged)

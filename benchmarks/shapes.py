@@ -1,6 +1,6 @@
 """What is measured (model shapes, systems, prompts) and with which clocks.
 
-No checkpoint is read for the llama shapes: the weights are random and every table says so. Speed of a dense model does
+No checkpoint is read for the named shapes: the weights are random and every table says so. Speed of a dense model does
 not depend on the weights' values; acceptance of a draft does, which is why accept lengths are simulated there.
 """
 
@@ -24,11 +24,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to measure. ``config`` is None for a real model, which is loaded instead of built."""
+    """A model to measure. ``config`` is None for a real model, which is loaded instead of built.
+
+    Attributes:
+        draft: the shape of its draft model.
+        family: transformers' name of the architecture.
+        head: the kind of draft head it has: ``"eagle"`` (EAGLE-3) or ``"mtp"``.
+    """
 
     name: str
     config: dict[str, Any] | None
-    draft: str | None = None  # the shape of its draft model
+    draft: str | None = None
+    family: str = "llama"
+    head: str = "eagle"
 
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
@@ -65,6 +73,23 @@ _LLAMA_3_2_1B = {
     "rope_parameters": _llama3_rope(32.0),
     "tie_word_embeddings": True,
 }
+# Qwen3.5-4B's text model: three gated delta nets to one layer of attention.
+_QWEN_3_5_4B = {
+    "vocab_size": 248320,
+    "hidden_size": 2560,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": True,
+}
 # A wide initializer spreads the logits, so that greedy tokens do not hang on the last bit of a sum.
 _TINY = {
     "vocab_size": 256,
@@ -77,26 +102,36 @@ _TINY = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.2,
 }
+_TINY_HYBRID = {
+    **_TINY,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 SHAPES = {
     "llama-3.1-8b": Shape("llama-3.1-8b", _LLAMA_3_1_8B, draft="llama-3.2-1b"),
     "llama-3.2-1b": Shape("llama-3.2-1b", _LLAMA_3_2_1B),
     "tiny": Shape("tiny", _TINY, draft="tiny-draft"),
     "tiny-draft": Shape("tiny-draft", {**_TINY, "num_hidden_layers": 1}),
+    "qwen3.5-4b": Shape("qwen3.5-4b", _QWEN_3_5_4B, family="qwen3_5_text", head="mtp"),
+    "tiny-hybrid": Shape("tiny-hybrid", _TINY_HYBRID, family="qwen3_5_text", head="mtp"),
     "smollm2": Shape("smollm2", None),
 }
 
 
 def build_random(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
     """A model of this shape with random weights, created on the device; generation never meets an end token."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = SHAPES[name].config
-    assert config is not None, f"{name} is a real model"
+    shape = SHAPES[name]
+    assert shape.config is not None, f"{name} is a real model"
     torch.manual_seed(seed)
+    config = AutoConfig.for_model(shape.family, **shape.config, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            LlamaConfig(**config, bos_token_id=1, eos_token_id=None, pad_token_id=0), dtype=dtype
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id, generation.do_sample = None, 0, False
     return model.to(device).eval()
@@ -105,10 +140,13 @@ def build_random(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> n
 DRAFT_VOCAB = 32000  # of an EAGLE-3 head, as published ones for this vocabulary have
 
 
-def random_head(target: nn.Module) -> nn.Module:
-    """An EAGLE-3 head of the target's sizes with random weights; small vocabularies are halved."""
+def random_head(name: str, target: nn.Module) -> nn.Module:
+    """A head of the shape's kind and the target's sizes with random weights; small draft vocabularies are halved."""
     from spec_compile.hf_integration.eagle3 import random_eagle3_head
+    from spec_compile.hf_integration.mtp import random_mtp_head
 
+    if SHAPES[name].head == "mtp":
+        return random_mtp_head(target)
     return random_eagle3_head(target, draft_vocab_size=min(DRAFT_VOCAB, target.config.vocab_size // 2))
 
 
@@ -140,7 +178,7 @@ class System:
     name: str
     label: str
     ours: bool
-    draft: str | None = None  # "ngram", "model" or "eagle"
+    draft: str | None = None  # "ngram", "model", "eagle" or "mtp"
     steps: int = 0
     simulate: float | None = None  # accept length, where acceptance is simulated
     kwargs: dict[str, Any] = field(default_factory=dict)  # for generate()
@@ -155,6 +193,7 @@ SYSTEMS = {  # ours first: Hugging Face's are slow to warm, and a run that is cu
     for s in (
         System("ours", "ours, no speculation", True),
         System("ours_eagle", "ours, EAGLE-3 5/1/6, accept 4.0 SIMULATED", True, "eagle", 5, 4.0),
+        System("ours_mtp", "ours, MTP 3/1/4, accept 3.0 SIMULATED", True, "mtp", 3, 3.0),
         System("ours_ngram", "ours, n-gram 7, accept 3.0 SIMULATED", True, "ngram", 7, 3.0),
         System("ours_draft", "ours, draft model 4, accept 3.0 SIMULATED", True, "model", 4, 3.0),
         System("hf_eager", "HF generate(), eager", False),
@@ -163,6 +202,11 @@ SYSTEMS = {  # ours first: Hugging Face's are slow to warm, and a run that is cu
         System("hf_assistant", "HF assistant model 4", False, "model", 4),
     )
 }
+
+
+def systems_of(shape: str) -> list[str]:
+    """Names of the systems that fit a shape: heads of another kind than its own do not."""
+    return [name for name, system in SYSTEMS.items() if system.draft not in {"eagle", "mtp"} - {SHAPES[shape].head}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

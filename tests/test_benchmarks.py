@@ -548,6 +548,33 @@ def test_bench_round_end_to_end(tmp_path: Path) -> None:
     assert joined.returncode == 0 and "Parts of a round, 5/4/8 x2 @24" in joined.stdout
 
 
+def test_rounds_of_a_recurrent_target_end_to_end(tmp_path: Path) -> None:
+    """With its MTP head: the states it reads and writes are in the bytes."""
+    out = tmp_path / "hybrid.json"
+    sizes = ["--contexts", "24", "--batches", "2", "--json", str(out)]
+    command = ["benchmarks/bench_round.py", "--shape", "tiny-hybrid", "--device", "cpu", "--compile", "none", *sizes]
+    rounds = ["--shapes", "none", "3/1/4", "--rounds", "6", "--passes", "1", "--parts", "all"]
+    done = run_script(*command, *rounds)
+    assert done.returncode == 0, done.stderr
+    rows = {row["rounds"]: row for row in json.loads(out.read_text())["rows"]}
+    assert {row["status"] for row in rows.values()} == {"ok"}, done.stdout
+    assert "MTP-shaped head" in run_script("benchmarks/bench_round.py", "--show", str(out)).stdout
+    parts = {part["part"]: part for part in rows["3/1/4"]["parts"]}
+    assert parts["draft"]["calls"] == 2 and parts["gdn_commit"]["calls"] == 1
+    hybrid = shapes.build_random("tiny-hybrid", torch.float32, "cpu")
+    states = floors.state_bytes_per_row(hybrid)
+    assert states == 4 * 4 * 16 * 16
+    [verify] = [part for part in rows["none"]["parts"] if part["part"] == "verify"]
+    least = floors.weight_bytes_read(hybrid) + 2 * (24 * floors.kv_bytes_per_token(hybrid) + states)
+    assert least <= verify["bytes"] <= 1.02 * least
+    assert 4 * states <= parts["gdn_commit"]["bytes"] <= 8 * states
+
+
+def test_systems_of_a_shape_have_its_head() -> None:
+    assert "ours_mtp" in shapes.systems_of("qwen3.5-4b") and "ours_eagle" not in shapes.systems_of("qwen3.5-4b")
+    assert "ours_eagle" in shapes.systems_of("llama-3.1-8b") and "ours_mtp" not in shapes.systems_of("llama-3.1-8b")
+
+
 @pytest.mark.slow
 def test_adaptive_grid_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "adaptive.json"

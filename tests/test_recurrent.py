@@ -74,7 +74,7 @@ def hybrid() -> tuple[ModelRunner, Eagle3Head, dict[str, object]]:
 
 @torch.no_grad()
 def states_of(model, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """transformers' own states behind ``text`` [L], of every such layer: recurrent [Hv, D, Dv], inputs of the convolution [C, K]."""
+    """What transformers keeps behind ``text`` [L], a pair a layer: state [Hv, D, Dv], inputs of the convolution [C, K]."""
     cache = DynamicCache(config=model.config)
     model(text[None], past_key_values=cache, use_cache=True)
     layers = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
