@@ -123,7 +123,13 @@ RULES = (
 # Gated delta rules. One read of the states serves a whole window in our kernels, trees included.
 DELTA_RULES = (
     Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
-    Rule(("nvidia", "amd"), STAGES, ("triton", "torch"), "one launch a layer, chains and trees"),
+    Rule(
+        ("nvidia",),
+        STAGES,
+        ("triton", "flashinfer", "torch"),
+        "one launch a layer, chains and trees; against FlashInfer not measured yet",
+    ),
+    Rule(("amd",), STAGES, ("triton", "torch"), "one launch a layer, chains and trees"),
 )
 
 

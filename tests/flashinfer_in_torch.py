@@ -1,11 +1,13 @@
 """What FlashInfer's functions promise, in plain float64 PyTorch, so that the provider's use of them is tested without a GPU.
 
-Written from their documentation (flashinfer/xqa.py, flashinfer/prefill.py, flashinfer/decode.py of 0.7.2.post1) with no help
-of the library's own reference. ``install`` puts it in ``flashinfer``'s place and says what was called.
+Written from their documentation (flashinfer/xqa.py, flashinfer/prefill.py, flashinfer/decode.py, flashinfer/gdn_decode.py of
+0.7.2.post1) with no help of the library's own reference. ``install`` and ``install_delta_rule`` put it in ``flashinfer``'s
+place and say what was called.
 """
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import dataclass, field
 
@@ -125,13 +127,72 @@ def install(monkeypatch: pytest.MonkeyPatch, hardware: Hardware = H200) -> Calls
         "flashinfer.prefill": {"BatchPrefillWithRaggedKVCacheWrapper": wrapper},
         "flashinfer.decode": {"trtllm_batch_decode_with_kv_cache": trtllm},
     }
-    for name, members in modules.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        monkeypatch.setitem(__import__("sys").modules, name, module)
+    put_modules(monkeypatch, modules)
     for module in (provider, xqa_calls, flashinfer_prefill):
         monkeypatch.setattr(module, "detect_hardware", lambda device: hardware)
     monkeypatch.setattr(round_ops, "kv_write", kv_cache.kv_write._init_fn)
     monkeypatch.setattr(kv_write_packed, "kv_write_packed", kv_cache.kv_write_packed._init_fn)
     monkeypatch.setattr(flashinfer_prefill, "_PLANNED", {})
+    return calls
+
+
+def put_modules(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict]) -> None:
+    """Modules of these names and members, whether or not there are real ones."""
+    for name, members in modules.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The delta rule
+
+
+def gated_delta_rule_mtp(
+    q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output, disable_state_update, use_qk_l2norm
+):
+    """``flashinfer.gdn_decode.gated_delta_rule_mtp`` without a state update: token by token, rounded as it rounds."""
+    batch, tokens, heads, dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    assert q.dtype == k.dtype == v.dtype == a.dtype == b.dtype == output.dtype == torch.bfloat16
+    assert A_log.dtype == dt_bias.dtype == initial_state.dtype == torch.float32 and initial_state_indices.dtype == torch.int32
+    assert initial_state.is_contiguous() and initial_state.shape[1:] == (value_heads, value_dim, dim)
+    assert dim == 128 and value_dim % 64 == 0 and value_dim >= 128
+    assert all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v, output))
+    assert a.stride(-1) == b.stride(-1) == 1 and disable_state_update and use_qk_l2norm
+    group = value_heads // heads
+    for row, slot in enumerate(initial_state_indices.tolist()):
+        if slot < 0:
+            continue
+        for head in range(value_heads):
+            state = initial_state[slot, head].double()  # [V, K]
+            for token in range(tokens):
+                query, key = (x[row, token, head // group].double() for x in (q, k))
+                query, key = (x / (x.square().sum() + 1e-6).sqrt() for x in (query, key))
+                x = a[row, token, head].double() + dt_bias[head].double()
+                state = state * torch.exp(-A_log[head].double().exp() * torch.log1p(x.exp()))
+                change = torch.sigmoid(b[row, token, head].double()) * (v[row, token, head].double() - state @ key)
+                state = state + torch.outer(change, key)
+                output[row, token, head] = (state @ query * scale).to(output.dtype)
+    return output, initial_state
+
+
+def install_delta_rule(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Puts the function above in FlashInfer's place, and the kernel beside it in terms of its CPU reference."""
+    from spec_compile.ops import linear_attention as ops
+    from spec_compile.ops.kernels import gdn_window
+
+    calls = Calls()
+
+    def launch(*args: Tensor, **arguments: object) -> tuple[Tensor, Tensor]:
+        calls.launches.append({"args": args, **arguments})
+        return gated_delta_rule_mtp(*args, **arguments)
+
+    def save_window(k, v, a, b, A_log, dt_bias, kv_window, gate_window, state_slot) -> Tensor:
+        ops._save_window(k, v, *ops.gates(a, b, A_log, dt_bias), kv_window, gate_window, state_slot)
+        return torch.stack([A_log.float(), dt_bias.float()])
+
+    modules = ("flashinfer", "flashinfer.gdn_kernels", "flashinfer.gdn_kernels.gdn_decode_mtp")
+    put_modules(monkeypatch, {**{name: {} for name in modules}, "flashinfer.gdn_decode": {"gated_delta_rule_mtp": launch}})
+    monkeypatch.setattr(gdn_window, "save_window", save_window)
     return calls

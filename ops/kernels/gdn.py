@@ -27,7 +27,7 @@ def _unit_length(x):
 
 
 @triton.jit
-def _gates(a, b, a_log, dt_bias):
+def gates(a, b, a_log, dt_bias):
     """Log-decay and strength, float32, as ``ops.linear_attention.gates``."""
     x = a.to(tl.float32) + dt_bias.to(tl.float32)
     e = tl.exp(tl.minimum(x, 20.0))
@@ -102,7 +102,7 @@ def _verify_kernel(
     v = tl.load(v_ptr + row * v_sb + token[:, None] * v_sn + head * v_sh + value[None, :], mask=values, other=0.0)
     a = tl.load(a_ptr + row * a_sb + token * a_sn + head, mask=valid, other=0.0)
     b = tl.load(b_ptr + row * b_sb + token * b_sn + head, mask=valid, other=0.0)
-    g, beta = _gates(a, b, tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head))
+    g, beta = gates(a, b, tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head))
 
     # What the commit will replay. A key head is shared by GROUP value heads: its first one writes it.
     width: tl.constexpr = VALUE_HEADS // GROUP * D + VALUE_HEADS * DV
@@ -341,7 +341,7 @@ def _prefill_kernel(
         v = tl.load(v_ptr + token[:, None] * v_st + head * v_sh + value[None, :], mask=values, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + token * a_st + head, mask=valid, other=0.0)
         b = tl.load(b_ptr + token * b_st + head, mask=valid, other=0.0)
-        g, beta = _gates(a, b, a_log, dt_bias)
+        g, beta = gates(a, b, a_log, dt_bias)
         g, beta = tl.where(valid, g, 0.0), tl.where(valid, beta, 0.0)  # tokens behind the prompt change nothing
         out, u, total, k = _window(q, k, v, g, beta, state, causal, BLOCK_N, LEVELS, PRECISION)
         at = (token[:, None] * VALUE_HEADS + head) * DV + value[None, :]

@@ -31,6 +31,7 @@ PROVIDERS: dict[str, str] = {
 DELTA_PROVIDERS: dict[str, str] = {
     "torch": "spec_compile.ops.providers.delta_torch",
     "triton": "spec_compile.ops.providers.delta_triton",
+    "flashinfer": "spec_compile.ops.providers.delta_flashinfer",
 }
 
 

@@ -42,24 +42,33 @@ TRTLLM_DIMS = (64, 128, 256)
 
 def probe() -> Availability:
     """Whether FlashInfer is installed and can build kernels; imports nothing of it."""
+    found = installed()
+    if not found.ok:
+        return found
+    if importlib.util.find_spec("flashinfer_jit_cache") is None and (problem := _missing_build_tool()):
+        return Availability(found.version, f"FlashInfer compiles its kernels on first use; {problem}")
+    return found
+
+
+def installed() -> Availability:
+    """Whether the FlashInfer that is known here is installed, whatever else its kernels want; imports nothing of it."""
     try:
         version = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError:  # a folder called flashinfer on the path may still be found below
         version = None
     if version is None or importlib.util.find_spec("flashinfer") is None:
         return Availability(None, f"FlashInfer is not installed: {INSTALL}")
-    if not (0, 7, 2) <= _release(version) < (0, 7, 3):
+    if not (0, 7, 2) <= release(version) < (0, 7, 3):
         # XQA is called below the public functions, with scratch sized by the formula by which this version splits keys
         # (``xqa_grid`` in ops/kernels/xqa.py): a version that splits otherwise would write past its end.
         return Availability(
-            version, f"flashinfer-python {version} is not a 0.7.2, the version whose XQA is known here: {INSTALL}"
+            version, f"flashinfer-python {version} is not a 0.7.2, the version whose kernels are known here: {INSTALL}"
         )
-    if importlib.util.find_spec("flashinfer_jit_cache") is None and (problem := _missing_build_tool()):
-        return Availability(version, f"FlashInfer compiles its kernels on first use; {problem}")
     return Availability(version)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """The numbers a version begins with."""
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split("."))
 
 
