@@ -152,7 +152,7 @@ def gated_delta_rule_mtp(
     q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output, disable_state_update, use_qk_l2norm
 ):
     """``flashinfer.gdn_decode.gated_delta_rule_mtp`` without a state update: token by token, rounded as it rounds."""
-    batch, tokens, heads, dim = q.shape
+    tokens, heads, dim = q.shape[1:]
     value_heads, value_dim = v.shape[2:]
     assert q.dtype == k.dtype == v.dtype == a.dtype == b.dtype == output.dtype == torch.bfloat16
     assert A_log.dtype == dt_bias.dtype == initial_state.dtype == torch.float32 and initial_state_indices.dtype == torch.int32

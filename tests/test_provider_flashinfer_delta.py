@@ -144,7 +144,7 @@ def test_triton_comes_first_and_flashinfer_can_be_named(installed: dict[str, str
     automatic = choose(NODE, (0, 1), H200)
     assert automatic.provider == "triton" and automatic.losers["flashinfer"] == "triton comes first"
     assert choose(NODE, (0, 1), H200, "flashinfer").provider == "flashinfer"
-    with pytest.raises(BackendError, match="chains only(.|\n)*backend={'gdn_verify': 'triton'}"):
+    with pytest.raises(BackendError, match=r"chains only(.|\n)*backend={'gdn_verify': 'triton'}"):
         choose(replace(NODE, is_tree=True), (0,), H200, "flashinfer")
     del installed["nvidia-cutlass-dsl"]
     with pytest.raises(BackendError, match="pip install 'nvidia-cutlass-dsl"):
@@ -215,7 +215,7 @@ def test_warm_up_makes_what_capture_must_not_meet(monkeypatch: pytest.MonkeyPatc
     """FlashInfer keeps a counter by batch and a kernel by window: both as the node has them."""
     calls = install_delta_rule(monkeypatch)
     delta_flashinfer.warm_up(NODE, CPU)
-    q, k, v, state, slots = calls.launches[0]["args"]
+    q, k, v, _, slots = calls.launches[0]["args"]
     assert q.shape == k.shape == (2, 4, 16, 128) and v.shape == (2, 4, 32, 128) and len(slots) == 2
     assert calls.launches[0]["scale"] == 128**-0.5 and not slots.any()
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from spec_compile import spec_compile
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode, Availability, Lowered
+from spec_compile.ops.providers import AttentionNode, Availability, DeltaNode, Lowered, delta_examples
 from spec_compile.ops.providers.examples import CACHE_PLACES, example_arguments
+from spec_compile.passes import select_backend
 from spec_compile.runtime import tune
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
@@ -33,6 +34,7 @@ NODE = AttentionNode(
     page_size=16, window=0, softcap=0.0, has_sinks=False, is_tree=False, dtype=torch.bfloat16, kv_dtype=torch.bfloat16,
     max_context=64,
 )  # fmt: skip
+DELTA_NODE = DeltaNode("gdn_verify", "verify", 2, 4, 2, 4, 16, 24, False, torch.bfloat16)
 
 
 class Stopwatch:
@@ -179,6 +181,7 @@ def test_layers_are_many_enough_to_leave_the_cache_and_few_enough_to_fit():
     assert num_layers(900 * mib, 50 * mib, 100_000 * mib) == 4
     assert num_layers(900 * mib, 50 * mib, 8_000 * mib) == 2, "a quarter of what is free"
     assert num_layers(9000 * mib, 50 * mib, 8_000 * mib) == 1
+    assert num_layers(2 * mib, 50 * mib, 100_000 * mib, 128) == 75, "states are small: more layers"
 
 
 @pytest.fixture
@@ -268,6 +271,35 @@ def test_prompts_are_timed_as_they_run_without_a_graph(small_device: None, monke
     layers = tune.example_layers(prompt, CPU)
     assert layers[0][6].tolist() == [0, 48], "one prompt, three quarters of a row"
     assert tune.microseconds(prompt, "torch", CPU) == 1000.0 / len(layers)
+
+
+def test_delta_rules_are_timed_over_states_of_their_own(small_device: None, monkeypatch: pytest.MonkeyPatch):
+    """The same way, by providers of delta rules; their file entry is another than that of any attention node."""
+    layers = tune.example_layers(DELTA_NODE, CPU)
+    own = [layer[place] for layer in layers for place in delta_examples.STATE_PLACES["gdn_verify"]]
+    assert len(layers) >= 4 and len({tensor.data_ptr() for tensor in own}) == len(own)
+    assert sum(layer[7].nbytes for layer in layers) > 1.5 * (1 << 16), "past the L2 cache"
+    assert all(int(layer[7].count_nonzero()) > 0.9 * layer[7].numel() for layer in layers)
+    assert layers[0][10].tolist() == [1, 2], "rows of their own"
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(tune, "graph_milliseconds", lambda step: step() or 0.5)
+    monkeypatch.setattr(tune, "eager_milliseconds", lambda step: step() or 1.0)
+    assert tune.microseconds(DELTA_NODE, "torch", CPU) == 500.0 / len(layers)
+    prompt = replace(DELTA_NODE, op="gdn_prefill", stage="prefill", batch=None, num_tokens=None)
+    assert tune.microseconds(prompt, "torch", CPU) == 1000.0 / len(tune.example_layers(prompt, CPU))
+
+
+def test_delta_rules_are_remembered_and_chosen_by_their_times(path: Path, monkeypatch: pytest.MonkeyPatch):
+    big = replace(DELTA_NODE, num_k_heads=16, num_v_heads=32, head_dim=128, v_head_dim=128)
+    usable = SimpleNamespace(probe=lambda: Availability("0.7.2"), supports=lambda node, hardware: None)
+    real = providers.load_for
+    monkeypatch.setattr(providers, "load_for", lambda node, name: usable if name == "flashinfer" else real(node, name))
+    choice = select_backend.choose(big, (0,), H200, "tune", tuner(path, {"triton": 9.0, "flashinfer": 7.0, "torch": 99.0}))
+    assert choice.provider == "flashinfer" and choice.losers["triton"] == "9.0 µs"
+    again = select_backend.choose(big, (0,), H200, "tune", tuner(path, {}))  # would fail if it timed anything
+    assert again.provider == "flashinfer" and "measured earlier" in again.reason
+    other = tuner(path, {"triton": 1.0, "flashinfer": 2.0, "torch": 3.0})
+    assert select_backend.choose(replace(big, num_tokens=8), (0,), H200, "tune", other).provider == "triton"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from torch import Tensor
 from spec_compile.ops.providers import DeltaNode
 from spec_compile.ops.providers.examples import chain_mask
 
-STATE_PLACE = 7
+STATE_PLACES = {"gdn_verify": (7, 8, 9), "gdn_prefill": (7,)}  # of what a layer has for itself: states and windows
 
 
 def example_arguments(
     node: DeltaNode, device: torch.device, *, num_tokens: int | None = None, live: bool = False
 ) -> tuple[Tensor | float | None, ...]:
-    """Arguments of the generic op ``node.op`` in the shapes ``node`` describes, with the states at ``STATE_PLACE``.
+    """Arguments of the generic op ``node.op`` in the shapes ``node`` describes, with what a layer has for
+    itself at ``STATE_PLACES[node.op]``.
 
     Queries, keys and values are views of one tensor, as behind the convolution of a model.
 

@@ -1,4 +1,4 @@
-"""Gated delta rules of chains by FlashInfer's multi-token kernel (flashinfer-python 0.7.2, ``gdn_decode.gated_delta_rule_mtp``).
+"""Gated delta rules of chains by FlashInfer's kernel for several tokens, ``gated_delta_rule_mtp`` (flashinfer-python 0.7.2).
 
 Our windows never write states, so it runs with ``disable_state_update=True`` and without its buffer of a state per token;
 ``save_window`` keeps what ``gdn_commit`` replays. Two launches a layer, where ``triton`` has one.

@@ -1,8 +1,8 @@
 """``backend="tune"``: candidates timed on the device, in the shapes of the model, and remembered on disk.
 
 A candidate is timed as it will run: a window inside a CUDA graph, with its plan computed once for all layers; packed prompts
-launched from the host. Layers have caches of their own, as in a model, so that no kernel reads from L2 what it would find in
-memory otherwise. Rows are three quarters full, the mean of a pool that doubles when it is full.
+launched from the host. Layers have caches or states of their own, as in a model, so that no kernel reads from L2 what it would
+find in memory otherwise. Rows are three quarters full, the mean of a pool that doubles when it is full.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor
 from spec_compile.cache_dir import cache_dir
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode
-from spec_compile.ops.providers.examples import CACHE_PLACES, example_arguments
+from spec_compile.ops.providers import AttentionNode, DeltaNode, Node, delta_examples, examples
 from spec_compile.passes.select_backend import Measured
 from spec_compile.runtime.device_time import eager_milliseconds, graph_milliseconds
 from spec_compile.runtime.program import source_hash
@@ -35,13 +34,14 @@ log = logging.getLogger("spec_compile")
 
 FILE_NAME = "attention-tuning.json"
 _MAX_LAYERS = 16
+_MAX_DELTA_LAYERS = 128  # a row's states are 2 MiB a layer (Qwen3-Next), little beside an L2 cache
 _PROMPT_TOKENS = 2048
 
-TimeCandidate = Callable[[AttentionNode, str, torch.device], float]
+TimeCandidate = Callable[[Node, str, torch.device], float]
 
 
 class AttentionTuner:
-    """Times the candidates of attention nodes; a ``Tuner`` for ``select_backend``.
+    """Times the candidates of attention and delta rule nodes; a ``Tuner`` for ``select_backend``.
 
     Args:
         show_progress: a bar while something is timed.
@@ -66,7 +66,7 @@ class AttentionTuner:
         """The file that remembers; a home directory is looked for only by those who tune."""
         return self._path or cache_dir() / FILE_NAME
 
-    def __call__(self, node: AttentionNode, names: tuple[str, ...]) -> Measured:
+    def __call__(self, node: Node, names: tuple[str, ...]) -> Measured:
         """Times of every provider in ``names`` for ``node``: remembered ones where nothing that matters has changed."""
         key = self.key(node, names)
         known = _read(self.path).get(key)
@@ -74,7 +74,7 @@ class AttentionTuner:
             return Measured(known["microseconds"], known["failed"], f"measured earlier on this {self.hardware.name}")
         times: dict[str, float] = {}
         failed: dict[str, str] = {}
-        with Progress(f"timing {node.stage} attention", len(names), self.show_progress) as progress:
+        with Progress(f"timing {_kind(node)}", len(names), self.show_progress) as progress:
             for name in names:
                 progress.advance(name)
                 try:
@@ -83,13 +83,13 @@ class AttentionTuner:
                     failed[name] = "out of memory while it was timed"
                     torch.cuda.empty_cache()
                 except Exception as error:  # one provider's failure must not take the others' measurement with it
-                    log.warning("timing %s for %s attention failed", name, node.stage, exc_info=True)
+                    log.warning("timing %s for %s failed", name, _kind(node), exc_info=True)
                     failed[name] = f"failed while it was timed: {type(error).__name__}: {error}".splitlines()[0]
         if times:  # a provider that failed beside one that did not stays out until something of the key changes
             _remember(self.path, key, {"microseconds": times, "failed": failed})
         return Measured(times, failed, f"measured now on this {self.hardware.name}")
 
-    def key(self, node: AttentionNode, names: tuple[str, ...]) -> str:
+    def key(self, node: Node, names: tuple[str, ...]) -> str:
         """Everything a time depends on, as text: device, versions of what runs, our own sources, the node."""
         return json.dumps(
             {
@@ -97,12 +97,16 @@ class AttentionTuner:
                 "arch": self.hardware.arch,
                 "torch": torch.__version__,
                 "triton": _triton_version(),
-                "providers": {name: str(providers.load(name).probe().version) for name in names},
+                "providers": {name: str(providers.load_for(node, name).probe().version) for name in names},
                 "sources": source_hash(),
                 "node": {name: str(value) for name, value in dataclasses.asdict(node).items()},
             },
             sort_keys=True,
         )
+
+
+def _kind(node: Node) -> str:
+    return f"{node.stage} delta rules" if isinstance(node, DeltaNode) else f"{node.stage} attention"
 
 
 def _triton_version() -> str:
@@ -116,9 +120,9 @@ def _triton_version() -> str:
 # One candidate
 
 
-def microseconds(node: AttentionNode, name: str, device: torch.device) -> float:
+def microseconds(node: Node, name: str, device: torch.device) -> float:
     """Microseconds of one layer's call of ``node`` by provider ``name``, its share of the plan included."""
-    provider = providers.load(name)
+    provider = providers.load_for(node, name)
     provider.warm_up(node, device)
     lowered = providers.as_lowered(provider.lower(node))
     layers = example_layers(node, device)
@@ -136,25 +140,32 @@ def microseconds(node: AttentionNode, name: str, device: torch.device) -> float:
         return milliseconds(step) * 1e3 / len(layers)
 
 
-def example_layers(node: AttentionNode, device: torch.device) -> list[tuple]:
-    """Arguments of as many layers as it takes to read well past the L2 cache, each with caches of its own."""
-    capacity = node.max_context or 4 * _PROMPT_TOKENS
-    if node.num_tokens is None:
-        first = example_arguments(node, device, num_tokens=max(1, min(_PROMPT_TOKENS, capacity * 3 // 4)), context=0)
+def example_layers(node: Node, device: torch.device) -> list[tuple]:
+    """Arguments of as many layers as it takes to read well past the L2 cache, each with caches or states of its own."""
+    if isinstance(node, DeltaNode):
+        first = delta_examples.example_arguments(node, device, num_tokens=_PROMPT_TOKENS, live=True)
+        places, most = delta_examples.STATE_PLACES[node.op], _MAX_DELTA_LAYERS
     else:
-        first = example_arguments(node, device, context=max(0, capacity * 3 // 4 - node.num_tokens))
-    places = CACHE_PLACES[node.op]
+        first, places, most = _attention_layer(node, device), examples.CACHE_PLACES[node.op], _MAX_LAYERS
     layer_bytes = sum(first[place].nbytes for place in places)
-    count = num_layers(layer_bytes, *_memory(device))
+    count = num_layers(layer_bytes, *_memory(device), most)
     layers = [first]
     for _ in range(count - 1):
         layers.append(tuple(arg.clone() if place in places else arg for place, arg in enumerate(first)))
     return layers
 
 
-def num_layers(layer_bytes: int, l2_bytes: int, free_bytes: int) -> int:
-    """Layers whose caches together are three times the L2 cache, at most 16 and a quarter of the free memory."""
-    wanted = min(_MAX_LAYERS, max(4, -(-3 * l2_bytes // layer_bytes)))
+def _attention_layer(node: AttentionNode, device: torch.device) -> tuple:
+    capacity = node.max_context or 4 * _PROMPT_TOKENS
+    if node.num_tokens is None:
+        tokens = max(1, min(_PROMPT_TOKENS, capacity * 3 // 4))
+        return examples.example_arguments(node, device, num_tokens=tokens, context=0)
+    return examples.example_arguments(node, device, context=max(0, capacity * 3 // 4 - node.num_tokens))
+
+
+def num_layers(layer_bytes: int, l2_bytes: int, free_bytes: int, most: int = _MAX_LAYERS) -> int:
+    """Layers whose caches together are three times the L2 cache, at most ``most`` and a quarter of the free memory."""
+    wanted = min(most, max(4, -(-3 * l2_bytes // layer_bytes)))
     return max(1, min(wanted, free_bytes // 4 // layer_bytes))
 
 
@@ -177,7 +188,7 @@ def _read(path: Path) -> dict[str, dict]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        log.warning("%s cannot be read (%s); attention is timed again", path, error)
+        log.warning("%s cannot be read (%s); kernels are timed again", path, error)
         return {}
     return entries
 
@@ -198,4 +209,4 @@ def _remember(path: Path, key: str, entry: Mapping[str, object]) -> None:
                 os.unlink(scratch)
             raise
     except OSError as error:
-        log.warning("cannot write %s (%s): attention will be timed again by the next process", path, error)
+        log.warning("cannot write %s (%s): kernels will be timed again by the next process", path, error)
