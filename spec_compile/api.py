@@ -66,6 +66,10 @@ def spec_compile(
     if not isinstance(config, SpecConfig | None):
         raise ConfigError(f"config={type(config).__name__} object: pass a SpecConfig, or its fields by keyword.")
     config = dataclasses.replace(config or SpecConfig(), **overrides)
+    if draft is None and config.simulates:
+        raise ConfigError(
+            "simulate_accept_length and simulate_accept_rates need drafts to accept, and draft=None drafts nothing."
+        )
     check_backend(backend)
     if getattr(model, "spec", None) is not None:
         model.spec.remove()  # compiling again replaces, it does not stack

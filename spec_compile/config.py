@@ -72,7 +72,9 @@ class SpecConfig:
             ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning.
         simulate_accept_length: benchmarks on random weights only: emit this many tokens a round on average (1 to
             num_steps + 1) whatever was drafted. Output is then NOT the model's; ``explain()`` and ``stats()`` say SIMULATED.
-        simulate_accept_rates: the same by draft position: the probability that draft 1, 2, … stands if those before it do.
+            Calls in lockstep (logits processors, scores) judge drafts for real even so, and ``stats()`` says that too.
+        simulate_accept_rates: the same by draft position: the probability that draft 1, 2, … stands if those before it do;
+            positions behind the last one given never do.
         progress: show a progress bar while graphs are compiled and captured.
     """
 
@@ -118,25 +120,36 @@ class SpecConfig:
             raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}: choose one of {', '.join(KV_CACHE_DTYPES)}.")
         if self.max_prefill_tokens < 1:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens}: at least 1.")
-        if self.simulate_accept_length is not None and self.simulate_accept_length < 1:
+        if self.simulate_accept_length is not None and not self.simulate_accept_length >= 1:  # nor NaN
             raise ConfigError(f"simulate_accept_length={self.simulate_accept_length}: at least 1 (the bonus token).")
-
         if self.simulate_accept_rates is not None:
             if self.simulate_accept_length is not None:
                 raise ConfigError("simulate_accept_length and simulate_accept_rates: give one of them.")
+            if not self.simulate_accept_rates:
+                raise ConfigError(
+                    f"simulate_accept_rates={self.simulate_accept_rates}: give a rate for each draft position, or leave the "
+                    "option out to simulate nothing."
+                )
             if not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in self.simulate_accept_rates):
                 raise ConfigError(f"simulate_accept_rates={self.simulate_accept_rates}: probabilities from 0 to 1.")
 
     def simulated_rates(self, num_steps: int) -> list[float] | None:
         """The decreed chance of each of ``num_steps`` drafts, given those before it; None when acceptance is real.
 
-        A mean becomes the rates with the least variance: 1, 1, …, a fraction, 0 (as vLLM's synthetic acceptance).
+        A mean becomes the rates with the least variance: 1, 1, …, a fraction, 0 (as vLLM's synthetic acceptance). Positions
+        behind the last rate given have rate 0.
 
         Raises:
             ConfigError: more tokens are asked for than a round can emit.
         """
         if self.simulate_accept_rates is not None:
-            return (list(self.simulate_accept_rates) + [0.0] * num_steps)[:num_steps]
+            rates = list(self.simulate_accept_rates)
+            if len(rates) > num_steps:
+                raise ConfigError(
+                    f"simulate_accept_rates={self.simulate_accept_rates}: a round of num_steps={num_steps} has {num_steps} "
+                    f"draft positions; give at most {num_steps} rates, or raise num_steps."
+                )
+            return rates + [0.0] * (num_steps - len(rates))
         if self.simulate_accept_length is None:
             return None
         if self.simulate_accept_length > num_steps + 1:

@@ -186,6 +186,8 @@ class SpecHandle:
         started = time.perf_counter()
         scores = logits = None
         if call.exact_order:
+            if engine.config.simulates:
+                self._say_once("a call with logits processors, scores or logits accepts drafts for real: nothing is SIMULATED.")
             outcome = decode_lockstep(engine, request, transcript)
             scores, logits = outcome.scores, outcome.raw_logits
             lengths, drafted = outcome.accept_lengths, outcome.drafted
@@ -249,7 +251,7 @@ class SpecHandle:
             graphs=engine.captured(),
             kv_bytes=engine.kv_bytes(),
             mode="lockstep" if call.exact_order else "rounds",
-            simulated=engine.config.simulates,
+            simulated=engine.config.simulates and not call.exact_order,
         )
 
 

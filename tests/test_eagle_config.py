@@ -51,11 +51,21 @@ def test_what_the_three_numbers_mean(shape: dict[str, int], expected: str) -> No
         ({"simulate_accept_length": 0.5}, "simulate_accept_length=0.5: at least 1"),
         ({"simulate_accept_rates": (0.5, 1.2)}, "simulate_accept_rates=.*: probabilities from 0 to 1"),
         ({"simulate_accept_rates": (0.5,), "simulate_accept_length": 2}, "give one of them"),
+        ({"simulate_accept_rates": ()}, r"simulate_accept_rates=\(\): give a rate for each draft position"),
+        ({"num_steps": 2, "simulate_accept_rates": (0.9, 0.5, 0.5)}, "num_steps=2 has 2 draft positions; give at most 2 rates"),
+        ({"simulate_accept_rates": (0.5,) * 6}, "num_steps=5 has 5 draft positions"),
+        ({"simulate_accept_length": float("nan")}, "simulate_accept_length=nan: at least 1"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_compiled(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SpecConfig(**options).round_shape(5)
+
+
+@pytest.mark.parametrize("option", [{"simulate_accept_length": 2.0}, {"simulate_accept_rates": (0.5,)}])
+def test_acceptance_without_drafts_cannot_be_simulated(option: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="need drafts to accept, and draft=None drafts nothing"):
+        spec_compile(tiny_model("llama"), draft=None, compile="none", **option)
 
 
 @pytest.mark.parametrize("draft", ["ngram", "causal LM"])
@@ -136,3 +146,14 @@ def test_rates_by_position(model: PreTrainedModel) -> None:
 
 def test_rates_end_where_they_are_not_given(model: PreTrainedModel) -> None:
     assert max(lengths(model, "3/1/4", simulate_accept_rates=(1.0,))) == 2
+
+
+def test_lockstep_accepts_for_real_and_says_so(model: PreTrainedModel) -> None:
+    """Its text is the model's own although rounds would simulate."""
+    reshape(model, **options_of("3/1/4"), adaptive=False, simulate_accept_length=4.0, simulate_accept_rates=None)
+    inputs, settings = left_padded(2, 11), {"max_new_tokens": 10, "do_sample": False, "repetition_penalty": 1.2}
+    with pytest.warns(UserWarning, match="accepts drafts for real: nothing is SIMULATED"):
+        ours = model.generate(**inputs, **settings)
+    stats = model.spec.stats()
+    assert stats.mode == "lockstep" and not stats.simulated and "SIMULATED" not in str(stats)
+    assert torch.equal(ours, tiny_model("llama").generate(**inputs, **settings))

@@ -36,7 +36,7 @@ def run_a_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "line", "graph"), [("", False, False), ("passes", True, False), (" x, +passes", True, True)]
+    ("setting", "line", "graph"), [("", False, False), ("passes", True, False), (" , +passes", True, True)]
 )
 def test_passes_tell_what_they_did(setting: str, line: bool, graph: bool, capsys) -> None:
     configure_logs(setting)
@@ -45,6 +45,13 @@ def test_passes_tell_what_they_did(setting: str, line: bool, graph: bool, capsys
     assert ("spec_compile.passes [verify] fuse_linears: 1 groups\n" in printed) is line
     assert ("fused_weight_0" in printed) is graph, "the graph behind the pass"
     assert bool(printed) is line
+
+
+def test_a_topic_that_does_not_exist_is_named_with_those_that_do(capsys) -> None:
+    with pytest.warns(UserWarning, match=r"SPEC_COMPILE_LOGS=\+pass: there is no such topic; choose from passes, \+passes\."):
+        configure_logs("+pass,passes")
+    run_a_pass()
+    assert "fuse_linears" in capsys.readouterr().err, "the topics that do exist are on"
 
 
 def test_the_environment_is_read_on_import() -> None:

@@ -173,6 +173,18 @@ def test_explain_names_provider_graph_and_reason(pair) -> None:
     assert named == set(providers.PROVIDERS) - {"torch"} and all(reason for _, reason in losers)
 
 
+def test_stats_read_well(pair) -> None:
+    model = pair[1]
+    model.generate(**left_padded(2, PROMPT), max_new_tokens=6, do_sample=False)
+    stats = model.spec.stats()
+    text = str(stats)
+    assert text.startswith(f"tokens         12 in {stats.rounds} rounds\n") and "GPU idle" not in text
+    assert f"accept length  {stats.accept_length:.2f} tokens a row and round" in text
+    with model.spec.disable():
+        model.generate(**left_padded(1, PROMPT), max_new_tokens=2, do_sample=False)
+    assert str(model.spec.stats()) == "plain transformers generate(): nothing was measured"
+
+
 def test_explain_says_when_rounds_have_no_graphs(monkeypatch) -> None:
     """A GPU in name: its captures failed, or were not wanted."""
     for wanted, words in ((True, "a capture failed"), (False, "cuda_graphs=False")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -97,9 +97,6 @@ class Draft(Protocol):
     runner: ModelRunner | None
     reach: int
     catches_up: bool
-
-    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
-        """Which q ``propose`` hands over under ``plan``."""
 
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make room for ``rows`` rows of ``capacity`` tokens; True when buffers moved (captured graphs are void)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,9 +51,6 @@ class CausalLMDraft:
     def _ids_only(self, plan: SamplingPlan) -> bool:
         """Greedy drafting reads ids alone, unless the draft could name an id the target does not have."""
         return not plan.do_sample and self.draft_vocab_size <= self.vocab_size
-
-    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
-        return "full" if plan.do_sample else "one-hot"
 
     def reserve(self, rows: int, capacity: int) -> bool:
         return self.runner.reserve(rows, capacity)

@@ -8,8 +8,6 @@ Source: DFlash (Chen et al. 2026, arXiv 2602.06036).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -35,9 +33,6 @@ class DFlashDraft:
         self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
         self.kind, self.taps, self.reach = head.kind, head.taps, head.block_size
         self.block_mask = torch.empty(0)
-
-    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
-        return "full" if plan.do_sample else "one-hot"
 
     def reserve(self, rows: int, capacity: int) -> bool:
         moved = self.runner.reserve(rows, capacity)

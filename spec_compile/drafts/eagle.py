@@ -9,8 +9,6 @@ Source: EAGLE (2401.15077), EAGLE-2's dynamic trees (2406.16858), EAGLE-3 (2503.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -51,9 +49,6 @@ class EagleDraft:
         self.kind, self.taps = head.kind, head.taps
         self.reach = max(shape.num_steps * shape.topk, MOST_PENDING)
         self.level_logits = self.level_states = self.pending = self.pending_count = torch.empty(0)
-
-    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
-        return "full" if plan.do_sample and not self.shape.is_tree else "one-hot"
 
     def reserve(self, rows: int, capacity: int) -> bool:
         moved = self.runner.reserve(rows, capacity)

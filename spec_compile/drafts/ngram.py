@@ -6,8 +6,6 @@ Source: prompt lookup decoding (Saxena 2023, github.com/apoorvumang/prompt-looku
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -31,9 +29,6 @@ class NgramDraft:
 
     def __init__(self, shape: RoundShape, min_ngram: int, max_ngram: int) -> None:
         self.shape, self.min_ngram, self.max_ngram = shape, min_ngram, max_ngram
-
-    def q_law(self, plan: SamplingPlan) -> Literal["one-hot", "full"]:
-        return "one-hot"
 
     def reserve(self, rows: int, capacity: int) -> bool:
         return False

@@ -47,6 +47,30 @@ class SpecStats:
     mode: str = "rounds"
     simulated: bool = False
 
+    def __str__(self) -> str:
+        """A few lines to read; ``repr()`` has every field."""
+        if self.mode == "plain":
+            return "plain transformers generate(): nothing was measured"
+        how = ", SIMULATED acceptance: the text is not the model's" if self.simulated else ""
+        how += ", all rows in lockstep" if self.mode == "lockstep" else ""
+        first = f"{self.total_ms / 1e3:.2f} s, {self.prefill_ms:.1f} ms to the first token"
+        graphs = f"{len(self.graphs)} CUDA graphs {_mib(sum(size for _, size in self.graphs))}"
+        lines = [
+            ("tokens", f"{self.emitted_tokens} in {self.rounds} rounds{how}"),
+            ("accept length", f"{self.accept_length:.2f} tokens a row and round"),
+            ("by position", " ".join(f"{rate:.2f}" for rate in self.acceptance_by_position)),
+            ("speed", f"{self.tokens_per_second:.1f} tokens/s; {first}"),
+            ("round", f"{self.ms_per_round:.2f} ms, {self.host_ms_per_round:.2f} ms of it the host's"),
+            ("GPU idle", "" if self.gpu_idle_fraction is None else f"{self.gpu_idle_fraction:.1%} of the decoding time"),
+            ("compiling", f"{self.compile_seconds + self.capture_seconds:.1f} s so far"),
+            ("memory", f"KV cache {_mib(self.kv_bytes)}, {graphs}"),
+        ]
+        return "\n".join(f"{name:<14} {text}" for name, text in lines if text)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
 
 def acceptance(accept_lengths: list[list[int]], drafted: list[list[int]]) -> list[float]:
     """Share of rounds that accepted draft 1, 2, …, of the rounds that drafted so far.
