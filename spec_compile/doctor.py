@@ -57,7 +57,9 @@ def run_doctor(as_json: bool = False, no_color: bool = False, markdown: bool = F
 
 def examine() -> list[Check]:
     """Every check, in the order of the report. Imports torch and the kernel providers."""
-    return [*_versions(), *_hardware(), *_providers(_main_device()), *_toolchain(), *_extras()]
+    device = _main_device()
+    kernels = _providers(device)
+    return [*_versions(), *_hardware(), *kernels, *_drafts(device, kernels), *_toolchain(), *_extras()]
 
 
 def verdict(checks: list[Check]) -> str:
@@ -167,6 +169,25 @@ def _providers(hardware: Hardware) -> list[Check]:
         words += [f"first choice for {', '.join(first)}"] if first else []
         checks.append(Check("Attention kernels", name, "ok" if availability.ok else "optional", "; ".join(words)))
     return checks
+
+
+def _drafts(hardware: Hardware, kernels: list[Check]) -> list[Check]:
+    """Each kind of draft: the shapes it drafts, how these are verified, whether rounds may leave drafts out on ``hardware``."""
+    from spec_compile.support_matrix import runs
+
+    usable = [check.name for check in kernels if check.status == "ok"]
+    chains, trees = (", ".join(runs(mode, hardware, usable)) or "nothing" for mode in ("chain", "tree"))
+    sampled = "verification='token' or 'block'"
+    heads = "adaptive" if hardware.is_cuda else "always in the shape asked for (adaptive on GPUs only)"
+    rows = (
+        ("ngram", "chains, copied from the text; verified by token", "adaptive"),
+        ("EAGLE head", f"chains ({sampled}) and trees, topk > 1 (verified along the tree)", heads),
+        ("DFlash head", f"chains, a block in one forward ({sampled})", "always in the shape asked for"),
+        ("causal LM", f"chains ({sampled})", "always in the shape asked for"),
+    )
+    checks = [Check("Drafts", name, "ok", f"{shapes}; {choice}") for name, shapes, choice in rows]
+    detail = f"chains on {chains}; trees on {trees}"
+    return [*checks, Check("Drafts", f"verified on {hardware.arch}", "ok", detail)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

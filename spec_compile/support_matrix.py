@@ -118,6 +118,12 @@ def _runs(chosen: list, values: Sequence) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
+def runs(mode: str, hardware: Hardware, usable: Sequence[str]) -> list[str]:
+    """Those of the ``usable`` providers that run ``mode`` on ``hardware``, in the order of preference."""
+    order = [name for name in rule_for(MODES[mode], hardware).providers if name in usable]
+    return [name for name in order if providers.load(name).supports(MODES[mode], hardware) is None]
+
+
 def preferred_stages(name: str, hardware: Hardware) -> dict[str, int]:
     """Place (from 1) of provider ``name`` in the order of each stage where it has one, for a node without special needs."""
     places = {}

@@ -1,11 +1,22 @@
-"""One thread a test process: small models gain nothing from more, and two processes would fight over the cores."""
+"""One thread a test process: small models gain nothing from more, and two processes would fight over the cores. One trace of
+models that are alike, too: see ``trace_once``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from trace_once import trace_once
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trace_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        trace_once(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

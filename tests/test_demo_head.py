@@ -66,14 +66,19 @@ def test_it_meets_its_goal():
             assert figures[0]["accept_length"] > figures[1]["accept_length"] and figures[0]["rounds"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("system", "least"), [("chain", 1.8), ("tree", 2.3)])
-def test_it_drafts_for_the_real_model(system, least):
-    """Measured again here, on one prompt of two sets and few tokens."""
+@pytest.fixture(scope="module")
+def real_model():
     try:
-        model, tokenizer = load_demo_model(quiet=True)
+        return load_demo_model(quiet=True)
     except MissingDependencyError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "least"), [("chain", 1.8), ("tree", 2.3)])
+def test_it_drafts_for_the_real_model(system, least, real_model):
+    """Measured again here, on one prompt of two sets and few tokens."""
+    model, tokenizer = real_model
     prompts = [HELD_OUT["code"][0], HELD_OUT["maths"][0]]
     options = SYSTEMS[system].options
     spec_compile(model, draft=str(demo_draft_dir()), compile="none", adaptive=False, progress=False, **options)
