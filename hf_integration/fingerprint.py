@@ -26,7 +26,7 @@ def _walk(module: nn.Module, found: list[object]) -> None:
                 found.append(tensor.data_ptr())
     for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
         if hooks:
-            found.extend(hooks)  # their ids are never used again
+            found.extend(number for number, hook in hooks.items() if not _is_idle(hook))  # numbers are never used again
     if "forward" in own:  # accelerate and others wrap a module this way
         found.append(id(own["forward"]))
     if "_disable_adapters" in own:  # PEFT's BaseTunerLayer (peft/tuners/tuners_utils.py) reads these in forward
@@ -35,3 +35,9 @@ def _walk(module: nn.Module, found: list[object]) -> None:
     for child in own["_modules"].values():
         if child is not None:
             _walk(child, found)
+
+
+def _is_idle(hook: object) -> bool:
+    """Hooks that transformers leaves on a model after the first call that asks for hidden states or attentions; in any other
+    call they do nothing (transformers/utils/output_capturing.py)."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
