@@ -259,13 +259,15 @@ def test_doctor_says_how_to_install_what_is_absent(monkeypatch):
 
 def test_doctor_says_which_drafts_work_how():
     drafts = {check.name: check.detail for check in doctor.examine() if check.group == "Drafts"}
-    assert list(drafts)[:4] == ["ngram", "EAGLE head", "DFlash head", "causal LM"]
-    assert "'block'" in drafts["causal LM"] and "trees" in drafts["EAGLE head"] and "trees" not in drafts["DFlash head"]
+    assert list(drafts)[:4] == ["ngram", "EAGLE or MTP head", "DFlash head", "causal LM"]
+    assert "'block'" in drafts["causal LM"] and "trees" in drafts["EAGLE or MTP head"] and "trees" not in drafts["DFlash head"]
     gpu = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
     kernels = [doctor.Check("Attention kernels", name, "ok", "") for name in ("torch", "triton")]
     drafts = {check.name: check.detail for check in doctor._drafts(gpu, kernels)}
     assert drafts["verified on sm90"] == "chains on triton, torch; trees on triton, torch"
-    assert drafts["EAGLE head"].endswith("; adaptive") and drafts["DFlash head"].endswith("; always in the shape asked for")
+    assert drafts["EAGLE or MTP head"].endswith("; adaptive") and drafts["DFlash head"].endswith(
+        "; always in the shape asked for"
+    )
 
 
 def test_doctor_survives_a_provider_that_cannot_be_probed(monkeypatch):
