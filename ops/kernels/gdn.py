@@ -16,8 +16,14 @@ from torch import Tensor
 
 from spec_compile.ops.kernels.tree_mask import visible_columns
 
-CHUNK = 64  # prompt tokens a step
+# Shared memory that a window or chunk of so many tokens takes (compiled for sm_90: 160, 64 and 32 KiB), the largest first.
+BLOCKS = ((64, 160 * 1024), (32, 64 * 1024), (16, 32 * 1024))
 _EPSILON = tl.constexpr(1e-6)
+
+
+def most_tokens(shared_memory: int) -> int:
+    """Tokens that one program can take at once with ``shared_memory`` bytes; 0 if none."""
+    return next((tokens for tokens, size in BLOCKS if size <= shared_memory), 0)
 
 
 @triton.jit
@@ -42,15 +48,12 @@ def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.
     row = tl.arange(0, BLOCK_N)[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
     inverse = tl.where(row == col, 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
+    # A loop that stays one: unrolled, products of 64 × 64 take the compiler most of a minute.
+    for level in range(LEVELS):
         size = 1 << level
         below = (row // (2 * size) == col // (2 * size)) & ((row // size) % 2 == 1) & ((col // size) % 2 == 0)
-        block = tl.where(below, system, 0.0)
-        if level == 0:
-            inverse -= block
-        else:
-            right = tl.dot(block, inverse, input_precision=PRECISION)
-            inverse -= tl.dot(inverse, right, input_precision=PRECISION)
+        right = tl.dot(tl.where(below, system, 0.0), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, right, input_precision=PRECISION)
     return inverse
 
 
@@ -273,13 +276,14 @@ def _commit_kernel(
         source = kept + count  # among the stored inputs and, behind them, those that stand
         old = (source < STORED)[:, None] & (kept < STORED)[:, None] & mine[None, :]
         new = (source >= STORED)[:, None] & (kept < STORED)[:, None] & mine[None, :]
-        step = source - STORED
+        standing = source - STORED
         if HAS_PATH:
-            step = tl.load(path_ptr + row * PATH_LENGTH + step, mask=(step >= 0) & (kept < STORED), other=0)
+            place_in_path = path_ptr + row * PATH_LENGTH + standing
+            standing = tl.load(place_in_path, mask=(standing >= 0) & (kept < STORED), other=0)
         states = conv_ptr + layer * conv_sl + slot * conv_ss
         moved = tl.load(states + source[:, None] * C + channel[None, :], mask=old, other=0.0)
         fresh = conv_window_ptr + layer * conv_window_sl + slot * conv_window_ss
-        taken = tl.load(fresh + step[:, None] * C + channel[None, :], mask=new, other=0.0)
+        taken = tl.load(fresh + standing[:, None] * C + channel[None, :], mask=new, other=0.0)
         tl.debug_barrier()  # all have read what others now overwrite
         result = tl.where(old, moved, taken.to(moved.dtype))
         tl.store(states + kept[:, None] * C + channel[None, :], result, mask=old | new)
@@ -365,19 +369,23 @@ def gdn_prefill(
     state_slot: Tensor,
     cu_seqlens: Tensor,
     scale: float,
+    *,
+    shared_memory: int,
 ) -> Tensor:
+    """``shared_memory``: bytes that one program may have."""
     key_heads, key_dim = q.shape[1:]
     value_heads, value_dim = v.shape[1:]
     rows = cu_seqlens.shape[0] - 1
     q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
     out = q.new_empty(v.shape)
     block_v = min(max(16, triton.next_power_of_2(value_dim)), 32)
+    chunk = most_tokens(shared_memory)
     _prefill_kernel[(triton.cdiv(value_dim, block_v), value_heads, rows)](
         q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, out, scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
         value_heads, value_heads // key_heads, key_dim, value_dim,
-        CHUNK, CHUNK.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v, _precision(q),
-        num_warps=8,
+        chunk, chunk.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v, _precision(q),
+        num_warps=8 if chunk > 32 else 4,
     )  # fmt: skip
     return out
 

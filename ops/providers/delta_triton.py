@@ -15,6 +15,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as generic
 from spec_compile.ops.providers import Availability, DeltaNode
 from spec_compile.ops.providers.delta_examples import example_arguments
+from spec_compile.ops.providers.triton import device_limits, shared_memory
 
 NAME = "triton"
 
@@ -41,8 +42,9 @@ def supports(node: DeltaNode, hardware: Hardware) -> str | None:
         return f"states of {node.state_dtype} are not float32"
     if max(node.head_dim, node.v_head_dim) > _MAX_HEAD_DIM:
         return f"head dims {node.head_dim} and {node.v_head_dim} are not within {_MAX_HEAD_DIM}"
-    if node.num_tokens is not None and node.num_tokens > 64:
-        return f"windows of {node.num_tokens} tokens are longer than 64"
+    most = 64 if shared_memory(hardware) >= 160 * 1024 else 32
+    if node.num_tokens is not None and node.num_tokens > most:
+        return f"windows of {node.num_tokens} tokens, where the shared memory of {hardware.arch} is enough for {most}"
     return None
 
 
@@ -96,7 +98,9 @@ def gdn_prefill_triton(
     """``spec_compile::gdn_prefill``; same arguments and result."""
     from spec_compile.ops.kernels import gdn
 
-    return gdn.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale)
+    return gdn.gdn_prefill(
+        q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, shared_memory=device_limits(q.device)[1]
+    )  # fmt: skip
 
 
 gdn_verify_triton.register_fake(generic.gdn_verify_fake)

@@ -71,16 +71,21 @@ def warm_up(node: AttentionNode, device: torch.device) -> None:
     lower(node)(*example_arguments(node, device))
 
 
+def shared_memory(hardware: Hardware) -> int:
+    """Bytes of shared memory that one program may have."""
+    if hardware.vendor == "amd":
+        return 64 * 1024
+    if hardware.vendor == "cpu":  # Triton's interpreter
+        return 224 * 1024
+    large = {"sm80": 160, "sm87": 160, "sm90": 224, "sm100": 224, "sm103": 224}
+    return large.get(hardware.arch, 96) * 1024
+
+
 @functools.cache
-def _limits(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, bytes of shared memory of one program) of a device."""
     hardware = detect_hardware(device)
-    if hardware.vendor == "amd":
-        return hardware.num_sms, 64 * 1024
-    if hardware.vendor == "cpu":  # Triton's interpreter
-        return hardware.num_sms, 224 * 1024
-    large = {"sm80": 160, "sm87": 160, "sm90": 224, "sm100": 224, "sm103": 224}
-    return hardware.num_sms, large.get(hardware.arch, 96) * 1024
+    return hardware.num_sms, shared_memory(hardware)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def attention_triton(
     """``spec_compile::attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_decode import attention_decode
 
-    num_sms, shared_memory = _limits(q.device)
+    num_sms, shared_memory = device_limits(q.device)
     return attention_decode(
         q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
         num_sms=num_sms, shared_memory=shared_memory,
@@ -131,7 +136,7 @@ def mla_attention_triton(
     """``spec_compile::mla_attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_decode import attention_decode
 
-    num_sms, shared_memory = _limits(q.device)
+    num_sms, shared_memory = device_limits(q.device)
     return attention_decode(
         q, kv[:, :, None], None, kv_cache[:, :, None], None, page_table, cache_len, tree_mask, scale,
         num_sms=num_sms, shared_memory=shared_memory, v_dim=v_dim,
@@ -162,7 +167,7 @@ def prefill_attention_triton(
 
     return attention_prefill(
         q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks,
-        shared_memory=_limits(q.device)[1],
+        shared_memory=device_limits(q.device)[1],
     )  # fmt: skip
 
 
@@ -180,7 +185,7 @@ def mla_prefill_attention_triton(
 
     return attention_prefill(
         q, kv[:, None], None, kv_cache[:, :, None], None, page_table, cu_seqlens, scale,
-        shared_memory=_limits(q.device)[1], v_dim=v_dim,
+        shared_memory=device_limits(q.device)[1], v_dim=v_dim,
     )  # fmt: skip
 
 
