@@ -5,6 +5,7 @@ The Triton kernels run in the interpreter too (see ``kernel_checks``).
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import random
 import sys
@@ -51,7 +52,8 @@ SHAPES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def implementation(verify: str = "gdn_verify_triton") -> Implementation:
     """The kernels as ops on a device, bare in the interpreter."""
     if INTERPRETED:
-        return Implementation(gdn.conv_verify, gdn.gdn_verify, gdn.gdn_commit, gdn.conv_prefill, gdn.gdn_prefill)
+        prefill = functools.partial(gdn.gdn_prefill, shared_memory=224 * 1024)
+        return Implementation(gdn.conv_verify, gdn.gdn_verify, gdn.gdn_commit, gdn.conv_prefill, prefill)
     ops = torch.ops.spec_compile
     providers.load_for(NODE, "triton")  # registers the ops
     providers.load_for(NODE, "flashinfer")
