@@ -237,7 +237,7 @@ class Bench:
         out = calls[-1]()
         error = max(self._error(out, problem.cell, *sample) for sample in samples)
         del out
-        layer_us, spread = self._time(calls)
+        layer_us, spread = time_calls(calls, self.cuda)
         us = layer_us + plan_us / MODEL_LAYERS
         return {
             "us": round(us, 3),
@@ -255,40 +255,43 @@ class Bench:
             return (), 0.0
         call = functools.partial(lowered.plan, *lowered.row_arguments(problem.args(0)), *lowered.plan_args)
         planned = call()
-        return ((planned,) if isinstance(planned, Tensor) else tuple(planned)), self._time([call] * PLAN_REPEATS)[0]
+        return ((planned,) if isinstance(planned, Tensor) else tuple(planned)), time_calls([call] * PLAN_REPEATS, self.cuda)[0]
 
     def _error(self, out: Tensor, cell: Cell, row: int, head: int, expected: Tensor) -> float:
         found = out[row : row + 1, :, head * cell.group : (head + 1) * cell.group].double()
         error = ((found - expected).norm() / expected.norm()).item()
         return error if math.isfinite(error) else 1e9  # JSON has no NaN
 
-    def _time(self, calls: list[Callable[[], object]]) -> tuple[float, float]:
-        """(median microseconds of one of ``calls`` run together, relative spread between the 10th and 90th percentile)."""
-        replay: Callable[[], object] = lambda: [call() for call in calls]  # noqa: E731
-        if self.cuda:
-            calls[0]()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                replay()
-            replay = graph.replay
-        replay()
-        times = [self._clock(replay)]
-        repeats = min(20, max(5, int(0.02 / max(times[0], 1e-6))))
-        times = sorted(self._clock(replay) for _ in range(repeats))
-        low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-        middle = statistics.median(times)
-        return middle / len(calls) * 1e6, (high - low) / middle
 
-    def _clock(self, call: Callable[[], object]) -> float:
-        """Seconds of one call."""
-        if not self.cuda:
-            begin = time.perf_counter()
-            call()
-            return time.perf_counter() - begin
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+def time_calls(calls: list[Callable[[], object]], cuda: bool) -> tuple[float, float]:
+    """(median microseconds of one of ``calls`` run together, in a CUDA graph on a device; relative spread between the 10th and
+    90th percentile)."""
+    replay: Callable[[], object] = lambda: [call() for call in calls]  # noqa: E731
+    if cuda:
+        calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replay()
+        replay = graph.replay
+    replay()
+    times = [_clock(replay, cuda)]
+    repeats = min(20, max(5, int(0.02 / max(times[0], 1e-6))))
+    times = sorted(_clock(replay, cuda) for _ in range(repeats))
+    low, high = times[len(times) // 10], times[-1 - len(times) // 10]
+    middle = statistics.median(times)
+    return middle / len(calls) * 1e6, (high - low) / middle
+
+
+def _clock(call: Callable[[], object], cuda: bool) -> float:
+    """Seconds of one call."""
+    if not cuda:
+        begin = time.perf_counter()
         call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return time.perf_counter() - begin
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
