@@ -3,6 +3,7 @@ models that are alike, too: see ``trace_once``."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,12 @@ def _trace_once() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_seed() -> None:
+    """Other random inputs in every run: for modules that say ``pytestmark = pytest.mark.usefixtures("fresh_seed")``."""
+    seed = random.SystemRandom().randrange(1 << 31)
+    print("seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+    random.seed(seed)

@@ -22,12 +22,7 @@ from spec_compile.passes.stage import stage
 PAGE_SIZE = 16
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def empty_caches(graph: StageGraph, model: PreTrainedModel, rows: int, pages: int) -> dict[tuple[int, str], Tensor]:

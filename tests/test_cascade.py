@@ -13,13 +13,7 @@ from torch import Tensor
 from spec_compile.ops import attention as generic
 from spec_compile.ops import cascade
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def int32(values: list) -> Tensor:

@@ -23,12 +23,7 @@ HEADS, KV_HEADS, DIM, V_DIM, LATENT = 6, 2, 8, 5, 6
 PAGE = 4
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

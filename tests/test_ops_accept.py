@@ -8,7 +8,6 @@ run on a draft that lies about its distribution as well, and must then find it w
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -18,13 +17,7 @@ from torch.library import opcheck
 from spec_compile.ops.accept import accept_greedy, accept_sampled, count_accepted, residual_weights
 from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def int32(values):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -25,13 +24,7 @@ from spec_compile.ops.accept import accept_sampled, acceptance_probability
 from spec_compile.ops.accept_block import accept_block, block_acceptance, reach_of_drafts, round_seed
 from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def int32(values):

@@ -13,13 +13,7 @@ from spec_compile.ops.accept import accept_greedy, accept_sampled
 from spec_compile.ops.accept_tree import accept_tree_greedy, accept_tree_sampled
 from spec_compile.ops.sampling import TARGET_STREAM, sample_token
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def int32(values):

@@ -19,12 +19,7 @@ from spec_compile.ops.attention import attention, mla_attention, mla_prefill_att
 NAN = float("nan")
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,7 @@ from torch.library import opcheck
 
 from spec_compile.ops.kv_cache import kv_commit, kv_write, kv_write_packed
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def int32(values):

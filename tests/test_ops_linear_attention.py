@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from gdn_contract import (
@@ -24,11 +22,7 @@ from spec_compile.ops import linear_attention as ops
 REFERENCE = Implementation(ops.conv_verify, ops.gdn_verify, ops.gdn_commit, ops.conv_prefill, ops.gdn_prefill)
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 8, 33])

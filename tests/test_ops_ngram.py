@@ -10,13 +10,7 @@ from torch.library import opcheck
 
 from spec_compile.ops.ngram import ngram_propose
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def propose_by_hand(text, num_steps, min_ngram, max_ngram):

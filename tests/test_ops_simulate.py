@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -11,13 +9,7 @@ from torch.library import opcheck
 from spec_compile.ops.simulate import acceptance_rates, simulate_accept
 from spec_compile.ops.tree import build_tree
 
-
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def seeds(count):

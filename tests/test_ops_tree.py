@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -14,12 +12,7 @@ SHAPES = [(1, 1, 2), (3, 1, 4), (5, 4, 8), (6, 10, 32), (5, 8, 64), (7, 10, 60),
 POISON = -(1 << 20)
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 from collections.abc import Callable
 
 import pytest
@@ -16,12 +15,7 @@ from spec_compile.passes.graph import finish
 ROW = Input("x", torch.zeros(2, 6))
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

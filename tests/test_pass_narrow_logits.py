@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,7 @@ HIDDEN, VOCAB, TOKENS = 8, 13, 9
 HIDDEN_INPUT = Input("hidden", torch.zeros(1, TOKENS, HIDDEN))
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def plain_head(hidden, head):

@@ -17,12 +17,7 @@ from spec_compile.passes.stage import stage
 PAGE_SIZE = 4
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def two_layers(q, k, v, k_cache, v_cache, page_table, cache_len):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,12 +32,7 @@ H200 = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
 B200 = Hardware("nvidia", "sm100", 148, "NVIDIA B200")
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import random
 import sys
 from dataclasses import replace
 
@@ -155,11 +154,7 @@ def test_triton_comes_first_and_flashinfer_can_be_named(installed: dict[str, str
 # The op
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])

@@ -30,12 +30,7 @@ PAGES = pytest.mark.parametrize("page_size", [CAPACITY, 4], ids=["one page a row
 TREES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def page_table(rows: int, page_size: int) -> Tensor:

@@ -28,12 +28,7 @@ GPU_IN_NAME = Hardware("nvidia", "sm90", 1, "a GPU in name")
 GREEDY, SAMPLING = SamplingPlan(), SamplingPlan(do_sample=True)
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    seed = random.SystemRandom().randrange(1 << 31)
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def trace_once(patch: pytest.MonkeyPatch) -> None:
 
 def _shared(capture: Callable[..., StageGraph]) -> Callable[..., StageGraph]:
     def captured(model: PreTrainedModel, *arguments: object) -> StageGraph:
-        alike = _what_a_trace_sees(model) if sharing else None
+        alike = _what_a_trace_sees(model) if sharing and model.device.type == "cpu" else None
         if alike is None:
             return capture(model, *arguments)
         key = (capture, arguments, alike)
