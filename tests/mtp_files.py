@@ -12,41 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import RECURRENT_FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, EXPERT, INTER = 64, 96, 4, 2, 16, 4, 48, 96
-_ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT, "n_shared_experts": 1}
-_ROUTED |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
-_LATENT = {"num_key_value_heads": HEADS, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
-_DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-_DELTA_NET |= {"layer_types": ["linear_attention", "full_attention"]}
-_QWEN_EXPERTS = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT}
-_QWEN_EXPERTS |= {"shared_expert_intermediate_size": EXPERT}
-# Model type -> settings of a small target. MiMo-7B is Qwen2's architecture.
-_SETTINGS: dict[str, dict[str, object]] = {
-    "deepseek_v3": {**_ROUTED, **_LATENT, "v_head_dim": 16, "first_k_dense_replace": 1},
-    "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True},
-    "glm4_moe_lite": {**_ROUTED, **_LATENT, "v_head_dim": 16, "head_dim": 8, "mlp_layer_types": ["dense", "sparse"]},
-    "qwen3_next": {**_DELTA_NET, **_QWEN_EXPERTS},
-    "qwen3_5_text": _DELTA_NET,
-    "qwen3_5_moe_text": {**_DELTA_NET, **_QWEN_EXPERTS},
-    "qwen2": {},
-}
-MTP_FAMILIES = tuple(_SETTINGS)
-ZERO_CENTRED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # norms multiply by 1 + weight
-
-
-def mtp_target(family: str, **overrides: object) -> PreTrainedModel:
-    """A random float32 target whose family ships MTP heads."""
-    return tiny_model(family, **{**_SETTINGS[family], **overrides})
+HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, EXPERT, INTER = 64, 96, 4, 2, 16, 4, 48, 96  # of tiny.py
+MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2", *RECURRENT_FAMILIES)  # MiMo-7B is Qwen2's architecture
 
 
 def _published_shapes(family: str, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the MTP tensors behind a target of ``layer`` layers."""
     h, heads, kv = HIDDEN, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    latent, gated = family in ("deepseek_v3", "glm4_moe_lite"), family in ZERO_CENTRED
+    latent, gated = family in ("deepseek_v3", "glm4_moe_lite"), family in RECURRENT_FAMILIES
     if latent:
         attention = {"q_a_proj.weight": (24, h), "q_a_layernorm.weight": (24,), "q_b_proj.weight": (HEADS * 24, 24)}
         attention |= {"kv_a_proj_with_mqa.weight": (24, h), "kv_a_layernorm.weight": (16,)}
@@ -93,7 +70,7 @@ def published(family: str, target: PreTrainedModel, seed: int = 0) -> dict[str, 
     for name, shape in _published_shapes(family, layer).items():
         value = torch.randn(shape, generator=generator)
         if "norm" in name:
-            value = 0.4 * value + (0 if family in ZERO_CENTRED else 1)
+            value = 0.4 * value + (0 if family in RECURRENT_FAMILIES else 1)  # Qwen's norms multiply by 1 + weight
         else:
             value = 0.3 * value if len(shape) == 1 else 1.5 * value * shape[-1] ** -0.5
         out[name] = value

@@ -15,7 +15,7 @@ import pytest
 import torch
 from draft_files import draft_logits, largest_difference
 from huggingface_hub.errors import EntryNotFoundError
-from mtp_files import MTP_FAMILIES, VOCAB, mtp_target, published, write_checkpoint
+from mtp_files import MTP_FAMILIES, VOCAB, published, write_checkpoint
 from mtp_reference import Module
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -84,7 +84,7 @@ class Loaded:
 @pytest.fixture(scope="module", params=MTP_FAMILIES)
 def loaded(request, tmp_path_factory) -> Loaded:
     family = request.param
-    target = mtp_target(family)
+    target = tiny_model(family)
     tensors = published(family, target)
     target = write_checkpoint(tmp_path_factory.mktemp(family), target, tensors, nested=family.startswith("qwen3_5"))
     head = load_mtp_head(target)
@@ -92,7 +92,8 @@ def loaded(request, tmp_path_factory) -> Loaded:
         return Loaded(family, target, head, plain_logits(target, inputs(), tensors))
     model = target
     if family == "glm4_moe_lite":  # DeepSeek's layer by another config; transformers has no MTP module for it
-        model = mtp_target("deepseek_v3", rms_norm_eps=target.config.rms_norm_eps)
+        same = {name: getattr(target.config, name) for name in ("rms_norm_eps", "routed_scaling_factor")}
+        model = tiny_model("deepseek_v3", **same)
         model.set_input_embeddings(target.get_input_embeddings())
         model.set_output_embeddings(target.get_output_embeddings())
         model = write_checkpoint(tmp_path_factory.mktemp("as_deepseek"), model, tensors)
@@ -165,7 +166,7 @@ def same_head(a: MtpHead, b: MtpHead) -> bool:
 
 def test_stacked_experts_are_read_too(tmp_path: Path) -> None:
     """Qwen3.6 stores them as transformers holds them; the order of the experts and of their parts must be the same."""
-    target = mtp_target("qwen3_next")
+    target = tiny_model("qwen3_next")
     target = write_checkpoint(tmp_path, target, published("qwen3_next", target))
     head = load_mtp_head(target)
 
@@ -181,7 +182,7 @@ def test_stacked_experts_are_read_too(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_an_index_and_pickled_weights(tmp_path: Path) -> None:
-    target = mtp_target("qwen2")
+    target = tiny_model("qwen2")
     target = write_checkpoint(tmp_path / "model", target, published("qwen2", target))
     head = load_mtp_head(target)
     both = {**load_file(tmp_path / "model/model-00001-of-00002.safetensors"), **published("qwen2", target)}
@@ -194,7 +195,7 @@ def test_a_directory_without_an_index_and_pickled_weights(tmp_path: Path) -> Non
 
 def test_eight_bit_matrices_are_multiplied_by_their_blocks_scales(tmp_path: Path) -> None:
     """DeepSeek-V3's own files: blocks at the edges are smaller than the others."""
-    target = mtp_target("deepseek_v3")
+    target = tiny_model("deepseek_v3")
     target = write_checkpoint(tmp_path, target, published("deepseek_v3", target))
     plain = load_mtp_head(target).own_tensors()
     rows, columns = 32, 24
@@ -228,7 +229,7 @@ def test_eight_bit_matrices_are_multiplied_by_their_blocks_scales(tmp_path: Path
 
 def test_of_several_layers_the_first_drafts_every_step(tmp_path: Path) -> None:
     for family, first in (("qwen2", "model.mtp_layers.0."), ("qwen3_5_text", "mtp.layers.0."), ("glm4_moe", "model.layers.2.")):
-        target = mtp_target(family)
+        target = tiny_model(family)
         target = write_checkpoint(tmp_path / family, target, published(family, target))
         head = load_mtp_head(target)
         second = first.replace("2.", "3.") if family == "glm4_moe" else first.replace("0.", "1.")
@@ -243,7 +244,7 @@ def test_of_several_layers_the_first_drafts_every_step(tmp_path: Path) -> None:
 
 def test_matrices_of_the_heads_own(tmp_path: Path) -> None:
     """Copies of the target's are shared; others are the head's."""
-    target = mtp_target("glm4_moe")
+    target = tiny_model("glm4_moe")
     target = write_checkpoint(tmp_path, target, published("glm4_moe", target))
     assert load_mtp_head(target).lm_head is target.get_output_embeddings()
     rewrite(tmp_path, lambda tensors: {n: 2 * x if "shared_head.head" in n else x for n, x in tensors.items()})
@@ -253,7 +254,7 @@ def test_matrices_of_the_heads_own(tmp_path: Path) -> None:
 
 
 def test_routers_biases_stay_in_float32(tmp_path: Path) -> None:
-    target = mtp_target("deepseek_v3")
+    target = tiny_model("deepseek_v3")
     target = write_checkpoint(tmp_path, target, published("deepseek_v3", target), dtype=torch.bfloat16)
     head = load_mtp_head(target)
     dtypes = {name: value.dtype for name, value in head.own_tensors().items()}
@@ -263,10 +264,10 @@ def test_routers_biases_stay_in_float32(tmp_path: Path) -> None:
 
 def test_a_path_is_a_head_where_its_model_is_the_targets(tmp_path: Path) -> None:
     """A smaller sibling with a head of its own is a draft model; cut-out modules are heads whatever their config says."""
-    target = mtp_target("qwen2")
+    target = tiny_model("qwen2")
     write_checkpoint(tmp_path / "own", target, published("qwen2", target))
     assert load_draft_head(tmp_path / "own", target).kind == "mtp"
-    assert load_draft_head(tmp_path / "own", mtp_target("qwen2", num_hidden_layers=3)) is None
+    assert load_draft_head(tmp_path / "own", tiny_model("qwen2", num_hidden_layers=3)) is None
     (tmp_path / "cut").mkdir()
     save_file(published("qwen2", target), tmp_path / "cut" / "model.safetensors")
     (tmp_path / "cut" / "config.json").write_text('{"num_hidden_layers": 7}')
@@ -277,7 +278,7 @@ def test_a_path_is_a_head_where_its_model_is_the_targets(tmp_path: Path) -> None
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    target = mtp_target("qwen2")
+    target = tiny_model("qwen2")
     with pytest.raises(DraftError, match="this target was built from a config"):
         load_mtp_head(target)
     bare = write_checkpoint(tmp_path / "bare", target, {})
@@ -295,7 +296,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the commit that the target was loaded from; the order of looking is index before single file."""
-    target = mtp_target("qwen2")
+    target = tiny_model("qwen2")
     directory = tmp_path / "cached"
     target = write_checkpoint(directory, target, published("qwen2", target))
     head, fetched = load_mtp_head(target), []
@@ -338,7 +339,7 @@ def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, mo
     ],
 )
 def test_what_does_not_fit_is_named(change: Callable, message: str, tmp_path: Path) -> None:
-    target = mtp_target("glm4_moe")
+    target = tiny_model("glm4_moe")
     target = write_checkpoint(tmp_path, target, published("glm4_moe", target))
     rewrite(tmp_path, change)
     with pytest.raises(DraftError, match=message):

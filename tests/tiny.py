@@ -52,6 +52,14 @@ _FAMILIES: dict[str, dict[str, object]] = {
         "topk_group": 1,
     },
 }
+_ROUTED = {name: _FAMILIES["deepseek_v3"][name] for name in (
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group",
+)}  # fmt: skip
+_FAMILIES |= {
+    "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True},
+    "glm4_moe_lite": {**_FAMILIES["deepseek_v3"], "mlp_layer_types": ["dense", "sparse"]},
+}
+_LATENT = ("deepseek_v3", "glm4_moe_lite")  # their configs follow head_dim from others
 _DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5,
@@ -69,8 +77,8 @@ def tiny_model(family: str, seed: int = 0, device: str = "cpu", **overrides: obj
         settings = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
         settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     else:
-        settings = {**_COMMON, **(_FAMILIES | _RECURRENT).get(family, {})}
-        if family == "deepseek_v3":
+        settings = {**_COMMON, **(_FAMILIES | _RECURRENT)[family]}
+        if family in _LATENT:
             settings.pop("head_dim")
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**settings, **overrides})
