@@ -51,7 +51,7 @@ class Family:
 
 
 # Sizes are those of Llama-3.1-8B, Qwen2.5-7B, Qwen3-8B, Qwen3-30B-A3B, Mistral-7B-v0.1, Mixtral-8x7B, Gemma-2-9B, Gemma-3-12B,
-# Command R7B, gpt-oss-20b, Phi-3-mini, GPT-2, OLMo-2-7B, Granite-3.1-8B, DeepSeek-V3.
+# Command R7B, gpt-oss-20b, Phi-3-mini, GPT-2, OLMo-2-7B, Granite-3.1-8B, DeepSeek-V3, GLM-4.5-Air, GLM-4.7-Flash.
 FAMILIES = {
     "llama": Family((32, 8), (128, 128)),
     "qwen2": Family((28, 4), (128, 128)),
@@ -68,6 +68,8 @@ FAMILIES = {
     "olmo2": Family((32, 32), (128, 128)),
     "granite": Family((32, 8), (128, 128)),
     "deepseek_v3": Family((128, 1), (576, 512), latent=True),
+    "glm4_moe": Family((96, 8), (128, 128)),
+    "glm4_moe_lite": Family((20, 1), (576, 512), latent=True),
 }
 
 
@@ -94,13 +96,15 @@ class Proof:
         return self.test.format(family=family)
 
 
-DRAFTS = ("n-gram", "causal LM", "EAGLE-3 chain", "EAGLE-3 tree", "DFlash chain")
+DRAFTS = ("n-gram", "causal LM", "EAGLE-3 chain", "EAGLE-3 tree", "DFlash chain", "MTP chain", "MTP tree")
 _EVERY = tuple(FAMILIES)
 _WINDOWED = ("mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "deepseek_v3")
 _EAGLE = "tests/test_eagle_families.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 _EAGLE_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_moe")
 _EAGLE_ON_GPU = "tests/gpu/test_eagle.py::test_float32_text_equals_plain_generate"
 _GPU = "tests/gpu/test_end_to_end.py::test_float32_text_equals_plain_generate[{family}]"
+_MTP = "tests/test_mtp_generate.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
+_MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2")
 _BLOCKS = "tests/test_dflash_rounds.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 PROOFS = (
     Proof(("n-gram",), "tests/test_families.py::test_ngram_drafts[{family}]", _EVERY),
@@ -113,6 +117,7 @@ PROOFS = (
     Proof(("EAGLE-3 chain",), "tests/test_windows.py::test_eagle3_chains[{family}]", _WINDOWED),
     Proof(("EAGLE-3 tree",), "tests/test_windows.py::test_eagle3_trees[{family}]", _WINDOWED),
     Proof(("DFlash chain",), _BLOCKS, _EAGLE_FAMILIES),
+    Proof(("MTP chain", "MTP tree"), _MTP, _MTP_FAMILIES),
 )
 
 
@@ -167,7 +172,8 @@ _DRAFT_TEXT = """\
 
 A cell names the tests behind it, numbered below: small random models of the family, and greedy text through `generate()` equals
 plain transformers' token for token in float32, in ragged batches of 1, 3 and 5, drafts refused and accepted. `·` is a
-pair without a test; nothing refuses it. N-grams, causal LMs and DFlash heads draft chains only.
+pair without a test; nothing refuses it, except that few families ship MTP heads (`qwen2` stands for MiMo-7B's). N-grams, causal
+LMs and DFlash heads draft chains only.
 """
 _KERNEL_TEXT = """\
 ## Model families and kernels
