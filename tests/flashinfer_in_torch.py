@@ -160,6 +160,8 @@ def gated_delta_rule_mtp(
     assert dim == 128 and value_dim % 64 == 0 and value_dim >= 128
     assert all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v, output))
     assert a.stride(-1) == b.stride(-1) == 1 and disable_state_update and use_qk_l2norm
+    assert len(q) * tokens > 1, "one row's window of one token: it cannot make out the layout of its own placeholder"
+    assert all(stride > 0 for x in (q, k, v, a, b) for stride in x.stride()), "a stride of 0 is compiled into a kernel"
     group = value_heads // heads
     for row, slot in enumerate(initial_state_indices.tolist()):
         if slot < 0:

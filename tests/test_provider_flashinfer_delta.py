@@ -165,8 +165,23 @@ def test_windows(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls.launches) == 1
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_one_row(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding of one request: FlashInfer itself fails there."""
+    install_delta_rule(monkeypatch)
+    args = arguments(1, num_tokens)
+    args[10] = torch.ones(1, dtype=torch.int32)
+    args[8:10] = [x.nan_to_num() for x in args[8:10]]
+    expected_args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    expected = ops.gdn_verify(*expected_args)
+    out = torch.ops.spec_compile.gdn_verify_flashinfer(*args)
+    assert out.shape == expected.shape and out.stride() == torch.empty(out.shape).stride()
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(args[8], expected_args[8]) and torch.equal(args[9], expected_args[9])
+
+
 def arguments(batch: int = 2, num_tokens: int = 3) -> list:
-    pool = random_pool(batch, num_tokens, HEADS, torch.bfloat16)
+    pool = random_pool(batch, num_tokens + 1, HEADS, torch.bfloat16)
     w = random_window(batch, num_tokens, HEADS, torch.bfloat16)
     mixed = torch.randn(batch, num_tokens, HEADS.channels).bfloat16()
     windows = (pool.state[0].nan_to_num(), pool.kv_window[0], pool.gate_window[0], pool.slots)
