@@ -237,10 +237,19 @@ def packed_rows(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return row, token - cu_seqlens.long()[row]
 
 
-def write_packed(new: Tensor, cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:
-    """Write packed ``new`` [T, ...] into the paged ``cache``, each prompt from its row's slot 0."""
+def write_packed(new: Tensor, cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, window: int = 0) -> None:
+    """Write packed ``new`` [T, ...] into the paged ``cache``, each prompt from its row's slot 0; see ``kept_in_window``."""
     row, position = packed_rows(cu_seqlens, new.shape[0])
-    cache[cache_places(page_table, row, position, cache.shape[1])] = to_cache(new, cache.dtype)
+    page, offset = cache_places(page_table, row, position, cache.shape[1])
+    page = page.masked_fill(~kept_in_window(cu_seqlens, row, position, window), 0)
+    cache[page, offset] = to_cache(new, cache.dtype)
+
+
+def kept_in_window(cu_seqlens: Tensor, row: Tensor, position: Tensor, window: int) -> Tensor:
+    """Which packed tokens a cache keeps: bool [T]. Behind a sliding window only the last ``window`` of each prompt are: no
+    later token sees further back, nor does the last one when a draft runs it once more; and where a window layer has few
+    pages (``ops.page_table``), older tokens would be written into the slots of newer ones."""
+    return position >= cu_seqlens.long()[row + 1] - cu_seqlens.long()[row] - window if window > 0 else position >= 0
 
 
 @torch.library.custom_op("spec_compile::prefill_attention", mutates_args=("k_cache", "v_cache"))
@@ -257,7 +266,8 @@ def prefill_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of prompts packed without padding; their keys and values fill the cache from slot 0.
+    """Causal attention of prompts packed without padding; their keys and values fill the cache from slot 0, behind a sliding
+    window those of each prompt's last ``window`` tokens (``kept_in_window``).
 
     Args:
         q: [T, Hq, D]; k: [T, Hkv, D]; v: [T, Hkv, Dv].
@@ -267,8 +277,8 @@ def prefill_attention(
     Returns:
         [T, Hq, Dv], contiguous, in q's dtype.
     """
-    write_packed(k, k_cache, page_table, cu_seqlens)
-    write_packed(v, v_cache, page_table, cu_seqlens)
+    write_packed(k, k_cache, page_table, cu_seqlens, window)
+    write_packed(v, v_cache, page_table, cu_seqlens, window)
     k, v = as_cached(k, k_cache.dtype), as_cached(v, v_cache.dtype)
     visible = _packed_visibility(cu_seqlens, q.shape[0], window)
     return masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0].contiguous()

@@ -43,7 +43,15 @@ def kv_write_cuda(k, v, k_cache, v_cache, page_table, cache_len) -> None:
 
 
 @torch.library.custom_op("spec_compile::kv_write_packed", mutates_args=("k_cache", "v_cache"))
-def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:
+def kv_write_packed(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    window: int = 0,
+) -> None:
     """Write packed prompts' keys and values, each prompt from its row's slot 0.
 
     Args:
@@ -51,21 +59,22 @@ def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page
         k_cache: [P, page_size, Hkv, D], written; v_cache: [P, page_size, Hkv, Dv], written. Contiguous.
         page_table: int32 [B, M].
         cu_seqlens: int32 [B + 1], prompt boundaries; tokens past the last prompt belong to it.
+        window: of a layer with a sliding window: only each prompt's last ``window`` tokens are written; 0 for all.
     """
-    write_packed(k, k_cache, page_table, cu_seqlens)
-    write_packed(v, v_cache, page_table, cu_seqlens)
+    write_packed(k, k_cache, page_table, cu_seqlens, window)
+    write_packed(v, v_cache, page_table, cu_seqlens, window)
 
 
 @kv_write_packed.register_fake
-def kv_write_packed_fake(k, v, k_cache, v_cache, page_table, cu_seqlens) -> None:
+def kv_write_packed_fake(k, v, k_cache, v_cache, page_table, cu_seqlens, window=0) -> None:
     return None
 
 
 @kv_write_packed.register_kernel("cuda")
-def kv_write_packed_cuda(k, v, k_cache, v_cache, page_table, cu_seqlens) -> None:
+def kv_write_packed_cuda(k, v, k_cache, v_cache, page_table, cu_seqlens, window=0) -> None:
     from spec_compile.ops.kernels import kv_write_packed as kernel
 
-    kernel.kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens)
+    kernel.kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens, window)
 
 
 @torch.library.custom_op("spec_compile::kv_commit", mutates_args=("caches",))

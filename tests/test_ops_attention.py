@@ -275,7 +275,7 @@ def test_prefill_attention(window, softcap, with_sinks):
     sinks = torch.randn(6, dtype=torch.float64) if with_sinks else None
     expected_k, expected_v = k_cache.clone(), v_cache.clone()
     for b, (start, length) in enumerate(zip(starts, prompts, strict=False)):
-        for s in range(length):
+        for s in range(max(0, length - window) if window else 0, length):
             expected_k[table[b, s // 4], s % 4] = k[start + s]
             expected_v[table[b, s // 4], s % 4] = v[start + s]
 
@@ -283,8 +283,8 @@ def test_prefill_attention(window, softcap, with_sinks):
 
     expected = naive_prefill(q, k, v, starts, 0.35, window, softcap, sinks)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(k_cache, expected_k, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(v_cache, expected_v, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(k_cache[1:], expected_k[1:], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(v_cache[1:], expected_v[1:], rtol=0, atol=0, equal_nan=True)
 
 
 def test_mla_prefill_attention():

@@ -84,7 +84,8 @@ def test_kv_write_takes_views():
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-def test_kv_write_packed(page_size, cache_dtype):
+@pytest.mark.parametrize("window", [0, 5])
+def test_kv_write_packed(page_size, cache_dtype, window):
     lengths = [random.randrange(1, 9), 0, 17, 0]
     table = shuffled_table(4, -(-20 // page_size), 90)
     k_cache = torch.full((90, page_size, 2, 4), float("nan"), dtype=cache_dtype)
@@ -94,13 +95,14 @@ def test_kv_write_packed(page_size, cache_dtype):
     token = 0
     for b, length in enumerate(lengths):
         for i in range(length):
-            expected_k[place(table, b, i, page_size)] = k[token].to(cache_dtype)
-            expected_v[place(table, b, i, page_size)] = v[token].to(cache_dtype)
+            if window == 0 or i >= length - window:
+                expected_k[place(table, b, i, page_size)] = k[token].to(cache_dtype)
+                expected_v[place(table, b, i, page_size)] = v[token].to(cache_dtype)
             token += 1
     bounds = int32([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    assert kv_write_packed(k, v, k_cache, v_cache, table, bounds) is None
-    assert_same(k_cache, expected_k)
-    assert_same(v_cache, expected_v)
+    assert kv_write_packed(k, v, k_cache, v_cache, table, bounds, window) is None
+    assert_same(k_cache[1:], expected_k[1:])  # page 0 is nobody's
+    assert_same(v_cache[1:], expected_v[1:])
 
 
 def test_kv_write_packed_keeps_what_does_not_fit_out_of_live_pages():

@@ -186,6 +186,8 @@ def _prefill_kernel(
 
     if head % G == 0:  # the first head of a group fills the pages of its tile's tokens
         column = position // PAGE_SIZE
+        if HAS_WINDOW:  # what no later token sees is not kept: ``ops.attention.kept_in_window``
+            row_ok = row_ok & (position >= length - window)
         held = row_ok & (column < table_columns)  # what a row cannot hold goes to nobody's page
         page = tl.load(page_table_ptr + row.to(tl.int64) * stride_tb + column, mask=held, other=0).to(tl.int64)
         slot = position % PAGE_SIZE

@@ -11,9 +11,9 @@ from spec_compile.ops.kernels.cache_dtype import to_cache
 from spec_compile.ops.kernels.round_ops import _place, _rows
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_columns"])
+@triton.jit(do_not_specialize=["num_rows", "table_columns", "window"])
 def _kv_write_packed_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, cu_ptr, num_rows, table_columns, page_size,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, cu_ptr, num_rows, table_columns, page_size, window,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -22,7 +22,10 @@ def _kv_write_packed_kernel(
     b = tl.arange(0, BLOCK_B)
     ends = tl.load(cu_ptr + 1 + b, mask=b < num_rows, other=2147483647)
     row = tl.minimum(tl.sum((ends <= token).to(tl.int32), 0), num_rows - 1)
-    position = token - tl.load(cu_ptr + row)
+    begin = tl.load(cu_ptr + row)
+    position = token - begin
+    if (window > 0) & (position < tl.load(cu_ptr + row + 1) - begin - window):
+        return
     place = _place(table_ptr + row.to(tl.int64) * table_columns, position, page_size, table_columns)
     i = tl.arange(0, BLOCK)
     token = token.to(tl.int64)
@@ -32,7 +35,15 @@ def _kv_write_packed_kernel(
     tl.store(v_cache_ptr + place * V_WIDTH + i, to_cache(v, v_cache_ptr.dtype.element_ty), mask=i < V_WIDTH)
 
 
-def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor) -> None:
+def kv_write_packed(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    window: int = 0,
+) -> None:
     """``spec_compile::kv_write_packed``; same arguments. One launch, no host sync."""
     num_tokens, heads, dim = k.shape
     num_rows = cu_seqlens.shape[0] - 1
@@ -43,7 +54,7 @@ def kv_write_packed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page
     with torch.cuda.device_of(k):
         _kv_write_packed_kernel[(num_tokens,)](
             k, v, k_cache, v_cache, page_table, cu_seqlens.contiguous(), num_rows, page_table.shape[1],
-            k_cache.shape[1], *k.stride()[:2], *v.stride()[:2], K_WIDTH=widths[0], V_WIDTH=widths[1], D=dim,
+            k_cache.shape[1], window, *k.stride()[:2], *v.stride()[:2], K_WIDTH=widths[0], V_WIDTH=widths[1], D=dim,
             DV=v.shape[2], BLOCK_B=triton.next_power_of_2(num_rows), BLOCK=triton.next_power_of_2(max(widths)),
             num_warps=4,
         )  # fmt: skip

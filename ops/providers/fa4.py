@@ -327,7 +327,7 @@ def prefill_attention_fa4(
     sinks: Tensor | None,
 ) -> Tensor:
     """``prefill_attention``: one launch fills the pages, FA4 attends to the packed prompts."""
-    kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens)
+    kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens, window)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     # FA4 sizes its grid by the packed length; this bound only has to be one, and above a tile, because FA4 compiles once
     # more for prompts that fit one tile.

@@ -314,7 +314,7 @@ def prefill_attention_flashinfer(
     from spec_compile.ops.kernels.flashinfer_prefill import ragged_prefill
     from spec_compile.ops.kernels.kv_write_packed import kv_write_packed
 
-    kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens)
+    kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens, window)
     k, v = (generic.as_cached(x, k_cache.dtype) for x in (k, v))  # a prompt sees itself as later windows will
     out, lse = ragged_prefill(q, k, v, lengths, scale, window, softcap, with_lse=sinks is not None)
     return out if sinks is None else out.mul_(torch.sigmoid(lse - sinks.float())[..., None])

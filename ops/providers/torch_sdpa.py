@@ -211,8 +211,8 @@ def prefill_attention_torch(
     sinks: Tensor | None,
 ) -> Tensor:
     """``prefill_attention`` in plain PyTorch; prompt by prompt on any device (reads ``cu_seqlens`` on the host)."""
-    generic.write_packed(k, k_cache, page_table, cu_seqlens)
-    generic.write_packed(v, v_cache, page_table, cu_seqlens)
+    generic.write_packed(k, k_cache, page_table, cu_seqlens, window)
+    generic.write_packed(v, v_cache, page_table, cu_seqlens, window)
     k, v = generic.as_cached(k, k_cache.dtype), generic.as_cached(v, v_cache.dtype)
     if q.device.type != "cpu" and (softcap > 0 or sinks is not None or window > 0):
         visible = generic._packed_visibility(cu_seqlens, q.shape[0], window)

@@ -19,7 +19,7 @@ from kernel_checks import (
 )
 from torch.library import opcheck
 
-from spec_compile.ops import accept, kv_cache, ngram, sampling
+from spec_compile.ops import accept, kv_cache, ngram, page_table, sampling
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
 
@@ -33,6 +33,7 @@ OPS = {
     "kv_write": (kv_cache.kv_write, kv_cache.kv_write_cuda),
     "kv_write_packed": (kv_cache.kv_write_packed, kv_cache.kv_write_packed_cuda),
     "kv_commit": (kv_cache.kv_commit, kv_cache.kv_commit_cuda),
+    "ring_page_table": (page_table.ring_page_table, page_table.ring_page_table_cuda),
 }
 
 
@@ -183,7 +184,30 @@ def test_kv_write_packed(page_size, cache_dtype):
     prompts = torch.randn(26, 3, 40)
     if INTERPRETED:
         prompts = prompts.to(cache_dtype).float()
-    check("kv_write_packed", *prompts.split([24, 16], -1), *caches, table, int32([0, 17, 17, 25]))  # one token over
+    bounds = int32([0, 17, 17, 25])  # one token over
+    check("kv_write_packed", *prompts.split([24, 16], -1), *caches, table, bounds)
+
+
+def test_kv_write_packed_keeps_the_window():
+    """All but page 0: the reference sends there what the kernel does not write at all."""
+    table, _, num_pages = table_and_lengths(16, batch=3)
+    caches = [torch.randn(num_pages, 16, 3, dim) for dim in (24, 16)]
+    args = (*torch.randn(26, 3, 40).split([24, 16], -1), *caches, table, int32([0, 17, 17, 25]), 6)
+    moved = [to_device(x) for x in args]
+    op, kernel = OPS["kv_write_packed"]
+    op(*args)
+    (kernel if INTERPRETED else op)(*moved)
+    for cache, expected in zip(moved[2:4], caches, strict=True):
+        torch.testing.assert_close(cache[1:].cpu(), expected[1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1500])
+def test_ring_page_table(columns):
+    first = torch.tensor([0, 1, 5, 2, 0])[:, None]  # rows of the pool, from 1; padding rows between them
+    table = ((first - 1) * columns + 1 + torch.arange(columns)).masked_fill(first == 0, 0).to(torch.int32)
+    for ring in {1, min(3, columns), columns}:
+        check("ring_page_table", table, ring)
+        check("ring_page_table", table[:, : max(1, columns // 2)], 1)
 
 
 def random_path(num_tokens):
@@ -230,6 +254,7 @@ def device_round():
         "ngram_propose": (torch.randint(3, (4, 200)), int32([3, 90, 150, 199]), 5, 1, 3),
         "kv_write": (*new, *caches, table, cache_len),
         "kv_write_packed": (*[x.flatten(0, 1) for x in new], *caches, table, int32([0, 1, 1, 9, 16])),
+        "ring_page_table": (torch.arange(1, 25, dtype=torch.int32).view(4, 6), 3),
         "kv_commit": (caches, table, cache_len, int32([random_path(4) for _ in range(4)])),
     }
     return {name: [to_device(x) for x in values] for name, values in args.items()}
