@@ -15,6 +15,7 @@ from spec_compile.passes.graph import StageGraph, finish
 from spec_compile.passes.lower import lower
 from spec_compile.passes.narrow_logits import narrow_logits
 from spec_compile.passes.partition import partition
+from spec_compile.passes.ring_tables import ring_tables
 from spec_compile.passes.select_backend import Backend, Choice, Tuner, select_backend
 from spec_compile.passes.stage import stage
 from spec_compile.passes.tap_hidden_states import tap_hidden_states
@@ -79,5 +80,7 @@ def choose_kernels(
         The lowered graph, and which provider runs which attention nodes.
     """
     graph = graph.copy()
+    if max_context is not None:
+        graph = ring_tables(graph, page_size, max_context // page_size)
     choices = select_backend(graph, hardware, backend, page_size, kv_dtype=kv_dtype, max_context=max_context, tuner=tuner)
     return lower(graph), choices

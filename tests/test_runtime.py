@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from stored import check_stored, stored
 from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -92,30 +93,11 @@ def text(state: DecodeState, row: int) -> list[int]:
 # The caches hold what a plain forward over the final text would put there
 
 
-def stored(runner: ModelRunner, layer: int, table: Tensor, length: int) -> Tensor:
-    """Everything one layer keeps of a row's first ``length`` tokens, read slot by slot: [length, …]."""
-    parts = []
-    for part in ("k", "v", "kv"):
-        cache = runner.pool.caches.get((layer, part))
-        if cache is not None:
-            size = cache.shape[1]
-            parts.append(torch.stack([cache[table[s // size], s % size].flatten() for s in range(length)]))
-    return torch.cat(parts, 1)
-
-
-def recomputed(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
-    """The same of one plain transformers forward, layer by layer."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(tokens[None], past_key_values=cache, use_cache=True)
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    return [torch.cat([x[0].transpose(0, 1).flatten(1) for x in pair], 1) for pair in pairs]
-
-
+@torch.no_grad()
 def check_caches(runner: ModelRunner, state: DecodeState, row: int, length: int) -> None:
-    for layer, expected in enumerate(recomputed(runner.model, state.tokens[row, :length])):
-        got = stored(runner, layer, state.page_table[row], length)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    cache = DynamicCache()
+    runner.model(state.tokens[row, None, :length], past_key_values=cache, use_cache=True)
+    check_stored(runner, state.page_table[row], cache, length, 1e-5)
 
 
 ONE_PAGE, PAGES_OF_16 = pytest.param(CPU, id="one page a row"), pytest.param(GPU_IN_NAME, id="pages of 16")
@@ -193,13 +175,13 @@ def test_rounds_over_finished_rows_change_nothing_that_counts(kind: str):
     state = engine.admit(request([9, 3, 6], [4, 12, 8]))
     rounds_to_the_end(engine, state, GREEDY)
     before = values(state)
-    committed = [stored(engine.target, 0, state.page_table[r], int(state.cache_len[r])) for r in range(3)]
+    committed = [stored(engine.target, 0, state.page_table[r], int(state.cache_len[r]))[1] for r in range(3)]
     rounds(engine, state, GREEDY, 3)
     after = values(state)
     after["next_draft"] = before["next_draft"]  # scratch: what a draft would look up
     assert same(before, after) and state.out[:, -3].tolist() == [0] * 4
     for row, old in enumerate(committed):
-        assert torch.equal(stored(engine.target, 0, state.page_table[row], len(old)), old)
+        assert torch.equal(stored(engine.target, 0, state.page_table[row], len(old))[1], old)
 
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])

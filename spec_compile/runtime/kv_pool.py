@@ -1,4 +1,8 @@
-"""The paged key/value pool of one model: a cache per layer and a page table. Page 0 is nobody's page."""
+"""The paged key/value pool of one model: a cache per layer and a page table. Page 0 is nobody's page.
+
+Behind a sliding window a row has only as many pages as the window and a round need, and goes round them
+(``ops.page_table``). On a CPU a row is one page, which the reference reads as a view, so there every layer holds whole texts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spec_compile.ops.page_table import ring_pages
 from spec_compile.ops.providers import AttentionNode
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.program import Caches
@@ -22,11 +27,12 @@ def kv_dtype(name: str) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Shape of one layer's cache entry per slot."""
+    """Shape of one layer's cache entry per slot, and its sliding window in tokens, which says how many pages a row needs."""
 
     layer: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (("k", (Hkv, D)), ("v", (Hkv, Dv))) or (("kv", (C + R,)),)
     dtype: torch.dtype
+    window: int = 0
 
 
 def layouts(choices: list[Choice]) -> list[LayerLayout]:
@@ -40,7 +46,7 @@ def layouts(choices: list[Choice]) -> list[LayerLayout]:
             shapes: tuple = (("kv", (node.head_dim,)),)
         else:
             shapes = (("k", (node.num_kv_heads, node.head_dim)), ("v", (node.num_kv_heads, node.v_head_dim)))
-        out += [LayerLayout(layer, shapes, node.kv_dtype) for layer in choice.layers]
+        out += [LayerLayout(layer, shapes, node.kv_dtype, node.window) for layer in choice.layers]
     return sorted(out, key=lambda layout: layout.layer)
 
 
@@ -51,6 +57,8 @@ class KVPool:
     Attributes:
         caches: (layer, part) -> [P, page_size, …].
         page_table: int32 [rows, M]; row r owns pages 1 + r * M … (r + 1) * M.
+        pages: layer -> pages that a row has there; M, or fewer behind a sliding window: then row r owns pages
+            1 + r * pages … (r + 1) * pages of that layer, and ``ops.page_table.ring_page_table`` is its page table.
     """
 
     caches: Caches
@@ -58,10 +66,23 @@ class KVPool:
     rows: int
     capacity: int
     page_size: int
+    pages: dict[int, int]
 
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches.values())
+
+    def by_table(self, page_table: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        """Every cache, beside the page table that it is read by.
+
+        Args:
+            page_table: int32 [B, M] of some rows, for layers that hold whole texts.
+        """
+        groups: dict[int, list[Tensor]] = {}
+        for (layer, _), cache in self.caches.items():
+            groups.setdefault(self.pages[layer], []).append(cache)
+        whole, ring_table = self.page_table.shape[1], torch.ops.spec_compile.ring_page_table
+        return [(page_table if n == whole else ring_table(page_table, n), caches) for n, caches in groups.items()]
 
 
 def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int, device: torch.device) -> KVPool:
@@ -74,20 +95,23 @@ def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int
         torch.OutOfMemoryError: the device has no room for it.
     """
     pages_per_row = capacity // page_size
+    pages = {layout.layer: ring_pages(layout.window, page_size, pages_per_row) for layout in layers}
     if device.type == "cpu":  # where asking for too much is not an error but the end of the process
-        slots = rows * capacity + page_size
-        wanted = slots * sum(math.prod(shape) * layout.dtype.itemsize for layout in layers for _, shape in layout.shapes)
+        wanted = page_size * sum(
+            (rows * pages[layout.layer] + 1) * math.prod(shape) * layout.dtype.itemsize
+            for layout in layers
+            for _, shape in layout.shapes
+        )
         available = _available_memory()
         if available is not None and wanted > 0.9 * available:
             raise torch.OutOfMemoryError(f"{wanted / 2**30:.1f} GiB of keys and values, {available / 2**30:.1f} GiB available")
-    num_pages = rows * pages_per_row + 1
     caches = {
-        (layout.layer, part): torch.zeros(num_pages, page_size, *shape, dtype=layout.dtype, device=device)
+        (layout.layer, part): torch.zeros(rows * pages[layout.layer] + 1, page_size, *shape, dtype=layout.dtype, device=device)
         for layout in layers
         for part, shape in layout.shapes
     }
-    page_table = torch.arange(1, num_pages, dtype=torch.int32, device=device).view(rows, pages_per_row)
-    return KVPool(caches, page_table, rows, capacity, page_size)
+    page_table = torch.arange(1, rows * pages_per_row + 1, dtype=torch.int32, device=device).view(rows, pages_per_row)
+    return KVPool(caches, page_table, rows, capacity, page_size, pages)
 
 
 def _available_memory() -> int | None:

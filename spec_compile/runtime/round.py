@@ -83,7 +83,8 @@ def run_round(
         ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
         accepted = _simulate(simulated_rates, window, tree, ids, state, shape)
     if accepted.path is not None:
-        torch.ops.spec_compile.kv_commit(list(target.pool.caches.values()), state.page_table, state.cache_len, accepted.path)
+        for page_table, caches in target.pool.by_table(state.page_table):
+            torch.ops.spec_compile.kv_commit(caches, page_table, state.cache_len, accepted.path)
         if states is not None:  # like the cache: what belongs to the path comes to the front
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
