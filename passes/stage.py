@@ -68,7 +68,9 @@ def _pack(graph: StageGraph, nodes: list[fx.Node]) -> None:
                 squeezed = graph.gm.graph.call_method("squeeze", (given[name], 0))
                 squeezed.meta["example_value"] = fake(given[name]).squeeze(0)
                 given[name] = squeezed
-            op = graph.gm.graph.call_function(packed, tuple(given[name] for name in _argument_names(packed)))
+            # A bare write has no window: it keeps everything, the packed op's default.
+            wanted = [argument for argument in packed.default._schema.arguments if not argument.has_default_value()]
+            op = graph.gm.graph.call_function(packed, tuple(given[argument.name] for argument in wanted))
             if fake(node) is not None:  # writes have no value
                 op.meta["example_value"] = fake(node).squeeze(0)
                 restored = graph.gm.graph.call_method("unsqueeze", (op, 0))
