@@ -11,8 +11,8 @@ What was read in FlashInfer's gdn_decode.py and gdn_kernels/gdn_decode_mtp.py, a
 * ``A_log`` must be float32, ``dt_bias`` may be bfloat16: ``save_window`` widens both, so that there is one kernel for all;
 * a warp holds a row of the state, 4 key dims a thread: key dims must be 128 (its assertion says "at least", but with 256 it
   divides by zero); a block takes up to 64 value dims: they must be a multiple of 64, from 128 on;
-* the window is unrolled by the compiler: a kernel a length and range of rows, in 6 s of one core, or 80 s for 16 tokens, and again
-  where ``scale`` differs. FlashInfer's tests go to 8 tokens, ours to 16, beyond is refused;
+* the window is unrolled by the compiler: a kernel a length and range of rows, in 6 s of one core, or 80 s for 16 tokens, and
+  another where ``scale`` differs. FlashInfer's tests go to 8 tokens, ours to 16, beyond is refused;
 * its documentation begins at 2 tokens. One token is right for several rows; for one row FlashInfer cannot make out the layout
   of a placeholder it makes itself, so that the token runs twice there: five small copies, and the second output is dropped;
 * unit lengths with 1e-6 under the root, softplus linear above 20, as ours; for more than 128 (row, value head) pairs the
