@@ -14,8 +14,8 @@ import torch
 from spec_compile import family_matrix
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode
-from spec_compile.passes.preference import RULES, STAGES, rule_for
+from spec_compile.ops.providers import AttentionNode, DeltaNode
+from spec_compile.passes.preference import DELTA_RULES, RULES, STAGES, Rule, rule_for
 
 # One device of each architecture the table knows. The number of multiprocessors is that of a common model.
 DEVICES = (
@@ -36,6 +36,13 @@ _WINDOW_NODE = AttentionNode(
 )  # fmt: skip
 _PROMPT_NODE = replace(_WINDOW_NODE, op="prefill_attention", stage="prefill", batch=None, num_tokens=None)
 MODES = {"prefill": _PROMPT_NODE, "chain": _WINDOW_NODE, "tree": replace(_WINDOW_NODE, is_tree=True)}
+
+_DELTA_NODE = DeltaNode("gdn_verify", "verify", 1, 4, 16, 32, 128, 128, False, torch.bfloat16)  # Qwen3-Next, Qwen3.5-4B
+_DELTA_MODES = {
+    "prefill": replace(_DELTA_NODE, op="gdn_prefill", stage="prefill", batch=None, num_tokens=None),
+    "chain": _DELTA_NODE,
+    "tree": replace(_DELTA_NODE, is_tree=True),
+}
 
 _FEATURES = {
     "sliding window": {"window": 1024},
@@ -174,9 +181,8 @@ page a row could hold, and slow.
 def markdown() -> str:
     """The whole of ``docs/support-matrix.md``."""
     lines = [_INTRODUCTION.format(dims=", ".join(map(str, _HEAD_DIMS)), pages=", ".join(map(str, _PAGE_SIZES))).rstrip()]
-    for rule in RULES:
-        stages = "all" if rule.stages == STAGES else ", ".join(rule.stages)
-        lines.append(f"| {', '.join(rule.hardware)} | {stages} | {', '.join(rule.providers)} | {rule.reason} |")
+    lines += [_order(rule) for rule in RULES]
+    lines += ["", *_delta_section()]
     lines += ["", family_matrix.section(DEVICES).rstrip()]
     groups: dict[tuple[str, ...], list[Hardware]] = {}
     for device in DEVICES:
@@ -187,6 +193,33 @@ def markdown() -> str:
             refusals = [f"* `{row.provider}`: {row.refusal}" for row in support_rows(device) if row.refusal is not None]
             lines += ["", f"Not on {device.arch}:", "", *refusals] if refusals else []
     return "\n".join(lines) + "\n"
+
+
+def _order(rule: Rule) -> str:
+    stages = "all" if rule.stages == STAGES else ", ".join(rule.stages)
+    return f"| {', '.join(rule.hardware)} | {stages} | {', '.join(rule.providers)} | {rule.reason} |"
+
+
+def _delta_section() -> list[str]:
+    """Gated delta nets: orders, and the modes in which each provider takes Qwen3-Next's heads on every architecture."""
+    lines = [
+        "## Gated delta nets",
+        "",
+        "Recurrent layers have providers and an order of their own (`gdn_verify`, `gdn_prefill`",
+    ]
+    lines[-1] += " in `backend`'s dict);"
+    lines += ["the cells below are for 16 key and 32 value heads of 128 dims in bfloat16, windows of 4.", ""]
+    lines += ["| hardware | stages | order | why |", "|---|---|---|---|", *map(_order, DELTA_RULES), ""]
+    lines += [f"| | {' | '.join(device.arch for device in DEVICES)} |", "|---" * (len(DEVICES) + 1) + "|"]
+    for name in providers.DELTA_PROVIDERS:
+        cells = [_where(_delta_modes(name, device), list(_DELTA_MODES)) for device in DEVICES]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _delta_modes(name: str, hardware: Hardware) -> list[str]:
+    able = {mode: providers.load_for(node, name).supports(node, hardware) is None for mode, node in _DELTA_MODES.items()}
+    return [mode for mode, yes in able.items() if yes]
 
 
 def _table(device: Hardware) -> list[str]:
