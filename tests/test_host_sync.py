@@ -68,12 +68,15 @@ class NothingIsUploaded(TorchFunctionMode):
 
 
 class FakeRounds:
-    """A target with the drafts that have a model, captured once, weights and caches replaced by fakes on ``DEVICE``."""
+    """A target with the drafts that have a model, captured once, weights, caches and states replaced by fakes on ``DEVICE``.
+
+    One of the target's layers is recurrent, the other has attention.
+    """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         self._fakes: dict[int, Tensor] = {}
-        model = tiny_model("llama", num_hidden_layers=1)
+        model = tiny_model("qwen3_5_text")
         head = random_eagle3_head(model, draft_vocab_size=64)
         self.target, draft = self._runner(model, "verify"), self._runner(tiny_model("llama", num_hidden_layers=1), "draft")
         block_head = random_dflash_head(model, NUM_STEPS + 3, num_hidden_layers=2, taps=head.taps)
@@ -113,13 +116,16 @@ class FakeRounds:
         runner = kind(
             model, stage=stage, hardware=CPU, backend="auto", compiler=SegmentCompiler("none", CPU), page_size=64, **options
         )
-        runner.reserve(ROWS, CAPACITY)
+        runner.reserve(ROWS, CAPACITY, TREE.num_draft_tokens)
         return runner
 
     def _to_device(self, runner: ModelRunner) -> None:
         for program in runner._programs.values():
             program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
             _move(program.gm)
+        if runner.states is not None:
+            for name, value in vars(runner.states).items():
+                setattr(runner.states, name, self._fake(value) if isinstance(value, Tensor) else value)
         caches = runner.pool.caches
         caches.update({key: self._fake(cache) for key, cache in caches.items()})
 

@@ -71,10 +71,16 @@ class ModelRunner:
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
         self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
-        prefill = self.prefill_program(argmax=False)  # fails early on a model that cannot be captured or has no kernels
+        self._layouts = kv_pool.layouts(self._first_choices())
+        first = next(iter(self._programs.values()))  # prefill, in a model with recurrent layers
+        self._state_layout = state_pool.state_layout(first.graph)
+
+    def _first_choices(self) -> list[Choice]:
+        """Providers of every layer in one stage, which tell the layout of the caches. Fails early on a model that cannot be
+        captured or has no kernels."""
+        self.prefill_program(argmax=False)
         self._check_window_stages()
-        self._layouts = kv_pool.layouts(self.choices["prefill"])
-        self._state_layout = state_pool.state_layout(prefill.graph)
+        return self.choices["prefill"]
 
     @property
     def recurrent(self) -> bool:
