@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from heads import fit, options_of
 from near_ties import assert_equal_up_to_near_ties
 from test_backend import SHAPE, explained, usable
-from tiny import left_padded, tiny_model
+from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
 
 from spec_compile import spec_compile
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
@@ -68,7 +68,9 @@ def check_float32(reference: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 CASES = [("llama", shape) for shape in SHAPES]
-CASES += itertools.product(("qwen3", "gemma3_text", "gpt_oss", "qwen3_moe", "deepseek_v3"), ("3/1/4", "6/10/32"))
+CASES += itertools.product(
+    ("qwen3", "gemma3_text", "gpt_oss", "qwen3_moe", "deepseek_v3", *RECURRENT_FAMILIES), ("3/1/4", "6/10/32")
+)
 
 
 @pytest.mark.parametrize(("family", "shape"), CASES)

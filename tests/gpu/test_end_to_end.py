@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from near_ties import assert_equal_up_to_near_ties
-from tiny import FAMILIES, left_padded, tiny_model
+from tiny import FAMILIES, RECURRENT_FAMILIES, left_padded, tiny_model
 
 from spec_compile import spec_compile
 from spec_compile.runtime.state import SamplingPlan
@@ -34,7 +34,7 @@ def _full_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT_FAMILIES])
 def test_float32_text_equals_plain_generate(family: str) -> None:
     reference = tiny_model(family, device="cuda")
     model = spec_compile(tiny_model(family, device="cuda"), min_ngram=1, num_steps=5, compile="none")
