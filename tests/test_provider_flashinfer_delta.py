@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gdn_contract import Heads, Implementation, check_window, random_pool, random_window, split
+from tiny import tiny_model
 from torch.library import opcheck
 
 from spec_compile.errors import BackendError
@@ -22,6 +23,8 @@ from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode, delta_flashinfer
 from spec_compile.ops.providers.delta_examples import example_arguments
 from spec_compile.passes.select_backend import choose
+from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.program import SegmentCompiler
 
 pytest.importorskip("triton", reason="the kernel that keeps the window needs it")
 
@@ -250,3 +253,34 @@ def test_example_arguments_mean_something() -> None:
             args = example_arguments(node, CPU, live=live, num_tokens=7)
             out = getattr(torch.ops.spec_compile, op)(*args)
             assert bool(out.isfinite().all()) and bool(out.count_nonzero()) == live
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a model
+
+
+def test_a_models_windows(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU in name: the window of a bfloat16 model is FlashInfer's where that was asked for, and says what ``torch`` says."""
+    calls = install_delta_rule(monkeypatch)
+    dims = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    model = tiny_model("qwen3_5_text", **dims).bfloat16()
+    logits = {}
+    for name in ("torch", "flashinfer"):
+        runner = ModelRunner(
+            model, stage="verify", hardware=H200, backend={"verify": "torch", "prefill": "torch", "gdn_verify": name},
+            compiler=SegmentCompiler("none", H200), page_size=16,
+        )  # fmt: skip
+        runner.reserve(2, 32, most_tokens=4)
+        torch.manual_seed(0)
+        runner.states.state.normal_(), runner.states.conv.normal_()
+        program = runner.window_program(2, 3, argmax=False)
+        window = {
+            "input_ids": torch.arange(3, 9).view(2, 3),
+            "position_ids": torch.arange(3).repeat(2, 1),
+            "page_table": runner.pool.page_table,
+            "cache_len": torch.zeros(2, dtype=torch.int32),
+            "state_slot": torch.tensor([1, 2], dtype=torch.int32),
+        }
+        logits[name] = program(**window)[0]
+    assert len(calls.launches) == 2, "the warm-up and the window"
+    torch.testing.assert_close(logits["flashinfer"], logits["torch"], rtol=2e-2, atol=2e-2)
