@@ -3,11 +3,15 @@ models that are alike, too: see ``trace_once``."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: names that do not exist are not looked for
+
 from trace_once import trace_once
 
 torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trace_once
 from tiny import left_padded, tiny_model
 from torch import fx
 from torch._dynamo.utils import counters
@@ -100,7 +101,8 @@ def test_equal_segments_of_another_model_come_from_the_disk_cache(two: TwoModels
 
 
 @pytest.mark.slow
-def test_fifty_rounds_over_changing_prompts_compile_nothing(two: TwoModels):
+def test_fifty_rounds_over_changing_prompts_compile_nothing(two: TwoModels, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trace_once, "sharing", False)
     model, done = two.models[2], 0
     engine = engine_of(model)
 

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+import trace_once
 from stored import check_stored, stored
 from tiny import tiny_model
 from torch import Tensor
@@ -255,14 +256,15 @@ def built(engine: Engine) -> dict[str, object]:
         "programs": [len(r._programs) for r in runners],
         "captures": [len(r._captured) for r in runners],
         "pools": [(r.pool.rows, r.pool.capacity) for r in runners],
-        "rounds": len(engine._warmed),
+        "rounds": set(engine._warmed),
         "artifacts": len(engine.compiler.artifacts),
     }
 
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("kind", ["ngram", "similar"])
-def test_fifty_rounds_over_changing_requests_build_nothing(kind: str, plan: SamplingPlan):
+def test_fifty_rounds_over_changing_requests_build_nothing(kind: str, plan: SamplingPlan, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trace_once, "sharing", False)
     engine = engine_for(kind, GPU_IN_NAME)
     engine.admit(request([2, 2, 2], [8] * 3, plan))
     rounds(engine, engine._buffers.rows(4), plan, 1)
@@ -276,8 +278,9 @@ def test_fifty_rounds_over_changing_requests_build_nothing(kind: str, plan: Samp
     assert built(engine) == before
 
 
-def test_what_is_counted_as_built_is_counted():
+def test_what_is_counted_as_built_is_counted(monkeypatch: pytest.MonkeyPatch):
     """The control of the test above: another bucket is something new."""
+    monkeypatch.setattr(trace_once, "sharing", False)
     engine = engine_for("similar", GPU_IN_NAME)
     engine.admit(request([2, 2, 2], [8] * 3))
     before = built(engine)
