@@ -156,7 +156,7 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
     layout = find_mtp(files)
     if layout is None:
         seen = f"{len(files)} tensors ({', '.join(sorted(files)[:3])}, …)" if files else "no .safetensors or .bin file"
-        gguf = " GGUF files are not read." if Path(where).expanduser().is_dir() and [*Path(where).glob("*.gguf")] else ""
+        gguf = " GGUF files are not read." if any(Path(where).expanduser().glob("*.gguf")) else ""
         raise DraftError(
             f"draft={where!r} holds no MTP head: looked for {_LOOKED_FOR}; it holds {seen}.{gguf} Many quantised or fine-tuned "
             "copies leave the head out: pass the original's directory or hub id as draft=."
