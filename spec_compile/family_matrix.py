@@ -13,7 +13,7 @@ import torch
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
-from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops.providers import AttentionNode, DeltaNode, Node
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Family:
         heads: query and key/value heads; a latent cache is one key/value head for all.
         dims: of keys and of values.
         windows: sliding windows of its layers in tokens, 0 for unlimited.
+        delta: key heads, value heads and dims of its gated delta nets.
     """
 
     heads: tuple[int, int]
@@ -32,6 +33,7 @@ class Family:
     softcap: float = 0.0
     sinks: bool = False
     latent: bool = False
+    delta: tuple[int, int, int] | None = None
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -49,9 +51,17 @@ class Family:
         )  # fmt: skip
         return [replace(node, window=window) for window in self.windows]
 
+    def delta_nodes(self, mode: str, dtype: torch.dtype) -> list[DeltaNode]:
+        """The same of its gated delta nets, if it has any."""
+        if self.delta is None:
+            return []
+        key_heads, value_heads, dim = self.delta
+        return [DeltaNode("gdn_verify", "verify", 1, 8, key_heads, value_heads, dim, dim, mode == "tree", dtype)]
+
 
 # Sizes are those of Llama-3.1-8B, Qwen2.5-7B, Qwen3-8B, Qwen3-30B-A3B, Mistral-7B-v0.1, Mixtral-8x7B, Gemma-2-9B, Gemma-3-12B,
-# Command R7B, gpt-oss-20b, Phi-3-mini, GPT-2, OLMo-2-7B, Granite-3.1-8B, DeepSeek-V3, GLM-4.5-Air, GLM-4.7-Flash.
+# Command R7B, gpt-oss-20b, Phi-3-mini, GPT-2, OLMo-2-7B, Granite-3.1-8B, DeepSeek-V3, GLM-4.5-Air, GLM-4.7-Flash,
+# Qwen3.5-4B, and transformers' defaults of Qwen3-Next and Qwen3.5-MoE.
 FAMILIES = {
     "llama": Family((32, 8), (128, 128)),
     "qwen2": Family((28, 4), (128, 128)),
@@ -70,7 +80,11 @@ FAMILIES = {
     "deepseek_v3": Family((128, 1), (576, 512), latent=True),
     "glm4_moe": Family((96, 8), (128, 128)),
     "glm4_moe_lite": Family((20, 1), (576, 512), latent=True),
+    "qwen3_next": Family((16, 2), (256, 256), delta=(16, 32, 128)),
+    "qwen3_5_text": Family((16, 4), (256, 256), delta=(16, 32, 128)),
+    "qwen3_5_moe_text": Family((16, 2), (256, 256), delta=(16, 32, 128)),
 }
+_RECURRENT = tuple(name for name, family in FAMILIES.items() if family.delta)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,14 +111,14 @@ class Proof:
 
 
 DRAFTS = ("n-gram", "causal LM", "EAGLE-3 chain", "EAGLE-3 tree", "DFlash chain", "MTP chain", "MTP tree")
-_EVERY = tuple(FAMILIES)
+_EVERY = tuple(name for name in FAMILIES if name not in _RECURRENT)
 _WINDOWED = ("mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "deepseek_v3")
 _EAGLE = "tests/test_eagle_families.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 _EAGLE_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_moe")
 _EAGLE_ON_GPU = "tests/gpu/test_eagle.py::test_float32_text_equals_plain_generate"
 _GPU = "tests/gpu/test_end_to_end.py::test_float32_text_equals_plain_generate[{family}]"
 _MTP = "tests/test_mtp_generate.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
-_MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2")
+_MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2", *_RECURRENT)
 _BLOCKS = "tests/test_dflash_rounds.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 PROOFS = (
     Proof(("n-gram",), "tests/test_families.py::test_ngram_drafts[{family}]", _EVERY),
@@ -118,6 +132,9 @@ PROOFS = (
     Proof(("EAGLE-3 tree",), "tests/test_windows.py::test_eagle3_trees[{family}]", _WINDOWED),
     Proof(("DFlash chain",), _BLOCKS, _EAGLE_FAMILIES),
     Proof(("MTP chain", "MTP tree"), _MTP, _MTP_FAMILIES),
+    Proof(("n-gram",), "tests/test_recurrent.py::test_ngram_drafts[{family}]", _RECURRENT),
+    Proof(("EAGLE-3 chain",), "tests/test_recurrent.py::test_eagle3_chains[{family}]", _RECURRENT),
+    Proof(("EAGLE-3 tree",), "tests/test_recurrent.py::test_eagle3_trees[{family}]", _RECURRENT),
 )
 
 
@@ -145,16 +162,30 @@ CONTRACTS: dict[tuple[str | None, str], tuple[str, str]] = {
     ("latent", "chain"): ("latent_chain", "latent_chain"),
     ("latent", "tree"): ("latent", "latent"),
 }
+# (provider, mode) -> the test that shows it on gated delta nets of the families' sizes; torch is its own reference, tested on a
+# CPU.
+DELTA_CONTRACTS: dict[tuple[str, str], str] = {
+    ("torch", "chain"): "tests/test_ops_linear_attention.py::test_windows[False-8]",
+    ("torch", "tree"): "tests/test_ops_linear_attention.py::test_windows[True-8]",
+    ("triton", "chain"): "tests/gpu/test_gdn.py::test_windows_of_models[qwen3-next, qwen3.5-4b-4-bf16-chain]",
+    ("triton", "tree"): "tests/gpu/test_gdn.py::test_windows_of_models[qwen3-next, qwen3.5-4b-4-bf16-tree]",
+    ("flashinfer", "chain"): "tests/gpu/test_gdn.py::test_flashinfer[8-1]",
+}
 MODES = ("chain", "tree")
 TESTED_ARCHES = ("cpu", "sm90")
 
 
-def kernels(family: str, mode: str, hardware: Hardware) -> list[str]:
-    """Providers that run every layer of ``family`` on ``hardware``, in their own order; on a CPU in float32."""
-    nodes = FAMILIES[family].nodes(mode, torch.float32 if hardware.vendor == "cpu" else torch.bfloat16)
-    return [
-        name for name in providers.PROVIDERS if all(providers.load(name).supports(node, hardware) is None for node in nodes)
-    ]
+def kernels(family: str, mode: str, hardware: Hardware, *, delta: bool = False) -> list[str]:
+    """Providers that run every layer of ``family`` with attention on ``hardware``, in their own order; on a CPU in float32.
+    With ``delta`` those of its gated delta nets, none where it has none."""
+    dtype = torch.float32 if hardware.vendor == "cpu" else torch.bfloat16
+    made = FAMILIES[family]
+    nodes: list[Node] = [*(made.delta_nodes if delta else made.nodes)(mode, dtype)]
+
+    def able(name: str) -> bool:
+        return all(providers.load_for(node, name).supports(node, hardware) is None for node in nodes)
+
+    return [name for name in providers.names(nodes[0]) if able(name)] if nodes else []
 
 
 def contract_tests(family: str, mode: str, provider: str, hardware: Hardware) -> list[str]:
@@ -180,7 +211,8 @@ _KERNEL_TEXT = """\
 
 Who runs all layers of a checkpoint of usual size, in bfloat16 (on a CPU in float32). On {tested} every name is shown by
 {contract},
-in the cases that the family's features ask for; on other hardware it is the provider's own word.
+in the cases that the family's features ask for, and on gated delta nets by {delta};
+on other hardware it is the provider's own word.
 """
 
 
@@ -191,16 +223,19 @@ def section(devices: Iterable[Hardware]) -> str:
         lines.append(f"{number}. `{proof.test.replace('{family}', '<family>')}`{' (on a GPU)' if proof.gpu else ''}")
     devices = list(devices)
     contract = f"`{CPU_CONTRACT.split('[')[0]}` and `{CONTRACT.split('[')[0]}`"
-    lines += ["", _KERNEL_TEXT.format(tested=" and ".join(TESTED_ARCHES), contract=contract)]
+    delta = " and ".join(f"`{module}`" for module in sorted({test.split("::")[0] for test in DELTA_CONTRACTS.values()}))
+    lines += ["", _KERNEL_TEXT.format(tested=" and ".join(TESTED_ARCHES), contract=contract, delta=delta)]
     groups: dict[tuple[str, ...], list[str]] = {}
     for family, made in FAMILIES.items():
-        groups.setdefault((_asks(made), *(_kernel_cell(family, device) for device in devices)), []).append(family)
+        for delta in (False, True) if made.delta else (False,):
+            row = _asks_delta(made.delta) if delta else _asks(made)
+            groups.setdefault((row, *(_kernel_cell(family, device, delta) for device in devices)), []).append(family)
     table = [(", ".join(families), *cells) for cells, families in groups.items()]
     return "\n".join([*lines, *_rows(("family", "asks for", *(device.arch for device in devices)), table)]) + "\n"
 
 
-def _kernel_cell(family: str, hardware: Hardware) -> str:
-    chain, tree = (kernels(family, mode, hardware) for mode in MODES)
+def _kernel_cell(family: str, hardware: Hardware, delta: bool) -> str:
+    chain, tree = (kernels(family, mode, hardware, delta=delta) for mode in MODES)
     return ", ".join(name if name in tree else f"{name} (chain)" for name in chain) or "none"
 
 
@@ -220,3 +255,7 @@ def _asks(family: Family) -> str:
     words += [f"softcap {family.softcap:g}"] if family.softcap else []
     words += ["latent"] if family.latent else []
     return ", ".join(words)
+
+
+def _asks_delta(delta: tuple[int, int, int]) -> str:
+    return f"gated delta nets, {delta[1]}/{delta[0]} value/key heads × {delta[2]}"

@@ -11,9 +11,20 @@ import torch
 from attention_contract import CASES
 from test_attention_contract import SMALL
 from tiny import FAMILIES as TINY
+from tiny import RECURRENT_FAMILIES
 
 from spec_compile import family_matrix
-from spec_compile.family_matrix import CONTRACT, CPU_CONTRACT, DRAFTS, FAMILIES, MODES, PROOFS, TESTED_ARCHES, Proof
+from spec_compile.family_matrix import (
+    CONTRACT,
+    CPU_CONTRACT,
+    DELTA_CONTRACTS,
+    DRAFTS,
+    FAMILIES,
+    MODES,
+    PROOFS,
+    TESTED_ARCHES,
+    Proof,
+)
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.support_matrix import DEVICES
@@ -25,7 +36,7 @@ TESTED = [device for device in DEVICES if device.arch in TESTED_ARCHES]
 @pytest.fixture(scope="module")
 def collected() -> set[str]:
     """Ids of every test of the modules that the table names, as pytest collects them."""
-    named = [*(proof.test for proof in PROOFS), CONTRACT, CPU_CONTRACT]
+    named = [*(proof.test for proof in PROOFS), CONTRACT, CPU_CONTRACT, *DELTA_CONTRACTS.values()]
     modules = sorted({test.split("::")[0] for test in named})
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *modules], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -60,6 +71,8 @@ def test_every_kernel_that_is_ticked_has_its_contract_cases(device: Hardware, co
             for name in family_matrix.kernels(family, mode, device):
                 for test in family_matrix.contract_tests(family, mode, name, device):
                     assert test in collected, (family, mode, name)
+            for name in family_matrix.kernels(family, mode, device, delta=True):
+                assert DELTA_CONTRACTS[name, mode] in collected, (family, mode, name)
     cases, dtype, which = (SMALL, "float32", 1) if device.arch == "cpu" else (CASES, "bfloat16", 0)
     for (feature, mode), named in family_matrix.CONTRACTS.items():
         case = cases[named[which]]
@@ -74,6 +87,6 @@ def test_every_kernel_that_is_ticked_has_its_contract_cases(device: Hardware, co
 
 
 def test_every_family_of_the_list_is_a_row() -> None:
-    assert set(FAMILIES) == set(TINY)
+    assert set(FAMILIES) == {*TINY, *RECURRENT_FAMILIES}
     page = (ROOT / "docs" / "support-matrix.md").read_text(encoding="utf-8")
     assert family_matrix.section(DEVICES).rstrip() in page
