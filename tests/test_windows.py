@@ -53,14 +53,16 @@ class Compiled:
     texts: Tensor
     number: int
 
-    def check(self, *batches: int) -> None:
-        """These batches give the plain texts, with drafts refused, and accepted past the window."""
+    def check(self, *whole: int) -> None:
+        """Every batch gives the plain texts, those of ``whole`` to the end and the others the first tokens; drafts are refused,
+        and accepted past the window."""
         seen: set[int] = set()
-        for batch in batches:
+        for batch in BATCHES:
+            new_tokens = NEW_TOKENS if batch in whole else 16
             inputs = {name: x[:batch] for name, x in self.inputs.items()}
-            ours = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            ours = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             assert self.model.spec.stats().mode == "rounds"
-            assert torch.equal(ours, self.texts[:batch]), f"batch {batch}"
+            assert torch.equal(ours, self.texts[:batch, : PROMPT + new_tokens]), f"batch {batch}"
             seen |= {length for row in self.model.spec.stats().accept_lengths for length in row}
         assert 1 in seen and max(seen) > WINDOW, sorted(seen)
 
