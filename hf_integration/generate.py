@@ -112,7 +112,8 @@ def why_plain(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
         return "past_key_values given by the caller is not accelerated"
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in _KNOWN_KWARGS and v is not None)
+    given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}  # {}: no images
+    unknown = sorted(given - set(_KNOWN_KWARGS))
     if unknown:
         return f"model inputs {unknown} are not accelerated"
     mask = model_kwargs.get("attention_mask")
@@ -145,7 +146,8 @@ def what_differs(generation_config: GenerationConfig) -> list[str]:
 
 
 def _plain_positions(positions: Tensor, mask: Tensor | None, input_ids: Tensor) -> bool:
-    if positions.shape[-1] != input_ids.shape[1] or positions.dim() != 2:
+    """Positions [B, N], or several streams of them [S, B, N] as vision-language models have, which are all alike in text."""
+    if positions.shape[-1] != input_ids.shape[1] or positions.dim() not in (2, 3):
         return False
     real = torch.ones_like(input_ids) if mask is None else mask.long()
     return bool(((positions == real.cumsum(1) - 1) | (real == 0)).all())

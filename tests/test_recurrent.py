@@ -12,7 +12,7 @@ from ngrams import looked_up
 from test_windows import BATCHES, CHAIN, NEW_TOKENS, PROMPT, TREE, Compiled, one_bucket
 from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.config import chain
@@ -133,6 +133,25 @@ def test_the_memory_of_states_is_told_and_small_beside_a_state_a_token() -> None
     states = model.spec._engine.target.states
     assert states.nbytes <= model.spec.stats().kv_bytes
     assert states.window_bytes < 8 * states.state.nbytes / 2, "eight tokens' inputs against eight states"
+
+
+def test_text_through_a_vision_language_model() -> None:
+    """Qwen3.5 is published as one: without images its positions are plain, and so are the rounds."""
+    text = tiny_model("qwen3_5_text").config.to_dict()
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision | {"num_position_embeddings": 16})
+    ).eval()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.12)
+    settings = left_padded(3, PROMPT, seed=1) | {"max_new_tokens": 20, "do_sample": False}
+    plain = model.generate(**settings)
+    spec_compile(model, draft="ngram", num_steps=3, min_ngram=1, compile="none", adaptive=False)
+    assert torch.equal(model.generate(**settings), plain) and model.spec.stats().mode == "rounds"
 
 
 def test_a_recurrent_model_cannot_draft_as_a_causal_lm() -> None:
