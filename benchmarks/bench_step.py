@@ -258,7 +258,9 @@ def markdown(result: dict[str, Any]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", choices=[name for name, shape in shapes.SHAPES.items() if shape.config], default="llama-3.1-8b"
+        "--shape",
+        choices=[name for name, shape in shapes.SHAPES.items() if shape.family == "llama" and shape.config],
+        default="llama-3.1-8b",
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

@@ -30,7 +30,7 @@ def lower(graph: StageGraph) -> StageGraph:
     for node in provided_nodes(graph):
         name = node.meta.get("provider")
         if name is None:
-            raise BackendError(f"attention node {node.name} of the {graph.stage} graph has no provider; run select_backend.")
+            raise BackendError(f"node {node.name} of the {graph.stage} graph has no provider; run select_backend.")
         described = node.meta["attention_node"]
         lowered = providers.as_lowered(providers.load_for(described, name).lower(described))
         node.target = lowered.op
@@ -38,9 +38,9 @@ def lower(graph: StageGraph) -> StageGraph:
             node.args = (*node.args, *_plan_outputs(node, lowered, plans))
     left = provided_nodes(graph)
     if left:
-        raise BackendError(f"generic attention ops are left in the {graph.stage} graph: {[n.name for n in left]}.")
+        raise BackendError(f"generic ops are left in the {graph.stage} graph: {[n.name for n in left]}.")
     shared = f", {len(plans)} planned once for all layers" if plans else ""
-    graph.note(f"lower: every attention node is a provider's op{shared}")
+    graph.note(f"lower: every generic op is a provider's{shared}")
     return finish(graph)
 
 

@@ -141,8 +141,7 @@ def select_backend(
     choices = []
     for description, members in grouped.items():
         layers = tuple(layer for layer, _ in members)
-        stage = description.op if isinstance(description, DeltaNode) else graph.stage
-        choice = choose(description, layers, hardware, wanted(backend, stage), tuner)
+        choice = choose(description, layers, hardware, wanted(backend, description.backend_key), tuner)
         choices.append(choice)
         for _, node in members:
             node.meta["provider"] = choice.provider
@@ -238,8 +237,7 @@ def _way_out(forced: str, node: Node, hardware: Hardware) -> str:
             continue
         problem = provider.probe().problem
         if problem is None:
-            key = node.op if isinstance(node, DeltaNode) else node.stage
-            return f"The nearest that can is {name}: backend={{{key!r}: {name!r}}}, or backend='auto'."
+            return f"The nearest that can is {name}: backend={{{node.backend_key!r}: {name!r}}}, or backend='auto'."
         missing = missing or f"The nearest that could is {name}, but: {problem}"
     return missing or "No provider can."
 
@@ -359,4 +357,5 @@ def _describe_delta(node: fx.Node, op: str, stage: str) -> DeltaNode:
         v_head_dim=int(value.shape[-1]),
         is_tree=window and node.args[11] is not None,
         dtype=query.dtype,
+        weight_dtype=fake(node.args[5]).dtype,
     )

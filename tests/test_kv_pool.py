@@ -210,6 +210,6 @@ def test_kernels_that_cannot_be_built_name_their_provider_and_the_way_out(monkey
     )
     runner.reserve(1, 64)
     with pytest.raises(
-        BackendError, match=r"torch could not be made ready for verify attention: RuntimeError: Ninja build .* 255"
+        BackendError, match=r"torch could not be made ready for attention in verify graphs: RuntimeError: Ninja build .* 255"
     ):
         runner.window_program(1, 2, argmax=True)

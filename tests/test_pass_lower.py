@@ -58,7 +58,7 @@ def test_every_generic_op_becomes_the_providers_with_the_same_arguments(latent: 
     assert [[str(a) for a in n.args] for n in nodes] == [
         [str(a).replace(generic, f"{generic}_torch") if a in find(graph, generic) else str(a) for a in args] for args in before
     ]
-    assert graph.report[-1] == "lower: every attention node is a provider's op"
+    assert graph.report[-1] == "lower: every generic op is a provider's"
 
 
 @pytest.mark.parametrize("latent", [False, True], ids=["attention", "mla"])
@@ -110,7 +110,7 @@ def test_a_provider_that_hands_back_the_generic_op_is_an_error(monkeypatch: pyte
     graph = graph_of(False, "draft")
     select_backend(graph, CPU, "auto", 64)
     monkeypatch.setattr(torch_sdpa, "lower", lambda node: torch.ops.spec_compile.attention)
-    with pytest.raises(BackendError, match="generic attention ops are left in the draft graph"):
+    with pytest.raises(BackendError, match="generic ops are left in the draft graph"):
         lower(graph)
 
 
@@ -118,7 +118,7 @@ def test_the_generic_op_is_also_recognised_as_an_overload(monkeypatch: pytest.Mo
     graph = graph_of(False, "draft")
     select_backend(graph, CPU, "auto", 64)
     monkeypatch.setattr(torch_sdpa, "lower", lambda node: torch.ops.spec_compile.attention.default)
-    with pytest.raises(BackendError, match="generic attention ops are left"):
+    with pytest.raises(BackendError, match="generic ops are left"):
         lower(graph)
 
 
@@ -162,7 +162,7 @@ def test_layers_of_equal_plans_share_one_computed_before_the_first_of_them(monke
     ]  # fmt: skip
     assert all([output.args[1] for output in layer.args[-2:]] == [0, 1] for layer in layers)
     assert all(output.meta["example_value"].shape == (2,) for output in find(graph, "getitem"))
-    assert graph.report[-1] == "lower: every attention node is a provider's op, 2 planned once for all layers"
+    assert graph.report[-1] == "lower: every generic op is a provider's, 2 planned once for all layers"
 
 
 def test_a_planned_graph_computes_what_its_layers_compute_alone(monkeypatch: pytest.MonkeyPatch):

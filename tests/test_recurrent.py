@@ -12,15 +12,16 @@ from ngrams import looked_up
 from test_windows import BATCHES, CHAIN, NEW_TOKENS, PROMPT, TREE, Compiled, one_bucket
 from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.config import chain
 from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.ngram import NgramDraft
-from spec_compile.errors import DraftError
+from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -104,25 +105,51 @@ def test_states_after_a_hundred_rounds_of_random_acceptance(shape: str) -> None:
             torch.testing.assert_close(pool.conv[layer, row + 1], inputs.T[-3:], rtol=1e-4, atol=1e-4)
 
 
-def test_scores_and_processors_run_in_lockstep() -> None:
+def accepted_and_refused(model: PreTrainedModel) -> bool:
+    seen = {length for row in model.spec.stats().accept_lengths for length in row}
+    return 1 in seen and max(seen) > 1
+
+
+def test_processors_run_in_lockstep(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, model = tiny_model("qwen3_5_text"), tiny_model("qwen3_5_text")
     inputs = left_padded(3, PROMPT, seed=1)
     settings = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
-    spec_compile(model, draft="ngram", num_steps=3, min_ngram=1, compile="none", adaptive=False)
-    assert torch.equal(model.generate(**inputs, **settings), reference.generate(**inputs, **settings))
-    assert model.spec.stats().mode == "lockstep"
+    plain = reference.generate(**inputs, **settings)
+    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(plain, inputs["attention_mask"]))
+    spec_compile(model, draft="ngram", num_steps=3, compile="none", adaptive=False)
+    assert torch.equal(model.generate(**inputs, **settings), plain)
+    assert model.spec.stats().mode == "lockstep" and accepted_and_refused(model)
 
 
-def test_sampled_text_does_not_depend_on_drafts() -> None:
+def test_sampled_text_does_not_depend_on_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A looked-up draft stands where it is the target's own sample: the states must not drift on the way."""
     inputs = left_padded(3, PROMPT, seed=1)
 
-    def text(draft: str | None) -> Tensor:
+    def text(draft: str | None) -> tuple[PreTrainedModel, Tensor]:
         torch.manual_seed(3)
-        model = spec_compile(tiny_model("qwen3_next"), draft=draft, num_steps=3, min_ngram=1, compile="none", adaptive=False)
-        return model.generate(**inputs, max_new_tokens=30, do_sample=True, temperature=0.3)
+        model = spec_compile(tiny_model("qwen3_next"), draft=draft, num_steps=3, compile="none", adaptive=False)
+        return model, model.generate(**inputs, max_new_tokens=30, do_sample=True, temperature=0.3)
 
-    assert torch.equal(text("ngram"), text(None))
+    _, alone = text(None)
+    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(alone, inputs["attention_mask"]))
+    model, drafted = text("ngram")
+    assert torch.equal(drafted, alone) and accepted_and_refused(model)
+
+
+def test_a_pool_whose_states_do_not_fit_leaves_nothing_half_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, model = tiny_model("qwen3_5_text"), tiny_model("qwen3_5_text")
+    settings = left_padded(1, PROMPT) | {"max_new_tokens": 6, "do_sample": False}
+    spec_compile(model, draft=None, compile="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(state_pool, "allocate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_pool, "_available_memory", lambda: 1000)
+        patch.setattr(kv_pool, "allocate", lambda *args: None)
+        with pytest.raises(SpecCompileError, match="of recurrent states"):
+            model.generate(**settings)
+    assert torch.equal(model.generate(**settings), reference.generate(**settings))
 
 
 def test_the_memory_of_states_is_told_and_small_beside_a_state_a_token() -> None:

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from spec_compile.ops.kernels.tree_mask import visible_columns
 
-# Shared memory that a window or chunk of so many tokens takes (compiled for sm_90: 160, 64 and 32 KiB), the largest first.
-BLOCKS = ((64, 160 * 1024), (32, 64 * 1024), (16, 32 * 1024))
 _EPSILON = tl.constexpr(1e-6)
-
-
-def most_tokens(shared_memory: int) -> int:
-    """Tokens that one program can take at once with ``shared_memory`` bytes; 0 if none."""
-    return next((tokens for tokens, size in BLOCKS if size <= shared_memory), 0)
 
 
 @triton.jit
@@ -144,20 +137,29 @@ def gdn_verify(
 ) -> Tensor:
     batch, num_tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
+    check_fits(num_tokens, kv_window, gate_window)
     q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
     out = q.new_empty(v.shape)
     block_n = max(16, triton.next_power_of_2(num_tokens))
     block_v = _value_tile(batch * value_heads, value_dim)
-    _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
-        q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, _or_any(tree_mask, state_slot), out, scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2],
-        kv_window.stride(0), gate_window.stride(0),
-        num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
-        block_n, block_n.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v,
-        (num_tokens + 31) // 32, tree_mask is not None, _precision(q),
-        num_warps=4 if block_n <= 32 else 8,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
+            q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, _or_any(tree_mask, state_slot),
+            out, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2],
+            kv_window.stride(0), gate_window.stride(0),
+            num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
+            block_n, block_n.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v,
+            (num_tokens + 31) // 32, tree_mask is not None, _precision(q),
+            num_warps=4 if block_n <= 32 else 8,
+        )  # fmt: skip
     return out
+
+
+def check_fits(num_tokens: int, *windows: Tensor) -> None:
+    """Kernels write a window's tokens into ``windows`` [S, W, …] without looking where its slot ends."""
+    if any(num_tokens > window.shape[1] for window in windows):
+        raise ValueError(f"a window of {num_tokens} tokens, but window buffers for {[w.shape[1] for w in windows]}.")
 
 
 def _value_tile(tiles: int, value_dim: int) -> int:
@@ -226,14 +228,16 @@ def conv_verify(
     tree_mask: Tensor | None,
 ) -> Tensor:
     batch, num_tokens, channels = x.shape
+    check_fits(num_tokens, conv_window)
     out = x.new_empty(x.shape)
     block_n = max(2, triton.next_power_of_2(num_tokens))
     block_c = 64 if block_n <= 16 else 32
-    _conv_verify_kernel[(triton.cdiv(channels, block_c), batch)](
-        x, weight.contiguous(), bias, conv_state, conv_window, state_slot, _or_any(tree_mask, state_slot), out,
-        *x.stride(), conv_state.stride(0), conv_window.stride(0), num_tokens, channels,
-        weight.shape[1], block_n, block_c, (num_tokens + 31) // 32, tree_mask is not None, bias is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _conv_verify_kernel[(triton.cdiv(channels, block_c), batch)](
+            x, weight.contiguous(), bias, conv_state, conv_window, state_slot, _or_any(tree_mask, state_slot), out,
+            *x.stride(), conv_state.stride(0), conv_window.stride(0), num_tokens, channels,
+            weight.shape[1], block_n, block_c, (num_tokens + 31) // 32, tree_mask is not None, bias is not None,
+        )  # fmt: skip
     return out
 
 
@@ -303,14 +307,15 @@ def gdn_commit(
     key_heads = (kv_window.shape[-1] - value_heads * value_dim) // key_dim
     channels, stored = conv_state.shape[-1], conv_state.shape[2]
     block_v = _value_tile(layers * value_heads * count.shape[0], value_dim)
-    _commit_kernel[(triton.cdiv(value_dim, block_v), layers * value_heads, count.shape[0])](
-        state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count,
-        *(x.stride(0) for x in (state, conv_state, kv_window, gate_window, conv_window)),
-        *(x.stride(1) for x in (kv_window, gate_window, conv_window, conv_state)),
-        channels, 0 if path is None else path.shape[1], value_heads, value_heads // key_heads, key_dim, value_dim, stored,
-        max(16, triton.next_power_of_2(key_dim)), block_v, triton.next_power_of_2(stored),
-        triton.next_power_of_2(triton.cdiv(channels, value_heads)), path is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(state):
+        _commit_kernel[(triton.cdiv(value_dim, block_v), layers * value_heads, count.shape[0])](
+            state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count,
+            *(x.stride(0) for x in (state, conv_state, kv_window, gate_window, conv_window)),
+            *(x.stride(1) for x in (kv_window, gate_window, conv_window, conv_state)),
+            channels, 0 if path is None else path.shape[1], value_heads, value_heads // key_heads, key_dim, value_dim, stored,
+            max(16, triton.next_power_of_2(key_dim)), block_v, triton.next_power_of_2(stored),
+            triton.next_power_of_2(triton.cdiv(channels, value_heads)), path is not None,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,23 +375,23 @@ def gdn_prefill(
     cu_seqlens: Tensor,
     scale: float,
     *,
-    shared_memory: int,
+    chunk: int,
 ) -> Tensor:
-    """``shared_memory``: bytes that one program may have."""
+    """``chunk``: prompt tokens that a program takes at once, a power of two of at least 16."""
     key_heads, key_dim = q.shape[1:]
     value_heads, value_dim = v.shape[1:]
     rows = cu_seqlens.shape[0] - 1
     q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
     out = q.new_empty(v.shape)
     block_v = min(max(16, triton.next_power_of_2(value_dim)), 32)
-    chunk = most_tokens(shared_memory)
-    _prefill_kernel[(triton.cdiv(value_dim, block_v), value_heads, rows)](
-        q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, out, scale,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
-        value_heads, value_heads // key_heads, key_dim, value_dim,
-        chunk, chunk.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v, _precision(q),
-        num_warps=8 if chunk > 32 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _prefill_kernel[(triton.cdiv(value_dim, block_v), value_heads, rows)](
+            q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, out, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
+            value_heads, value_heads // key_heads, key_dim, value_dim,
+            chunk, chunk.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v, _precision(q),
+            num_warps=8 if chunk > 32 else 4,
+        )  # fmt: skip
     return out
 
 
@@ -440,12 +445,14 @@ def conv_prefill(
     rows, taps = cu_seqlens.shape[0] - 1, weight.shape[1]
     out = x.new_empty(x.shape)
     block_t, block_c = 32, 128
-    _conv_prefill_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(channels, block_c))](
-        x, weight.contiguous(), bias, cu_seqlens, out, *x.stride(), num_tokens, channels, rows,
-        taps, block_t, block_c, bias is not None,
-    )  # fmt: skip
-    _conv_tail_kernel[(triton.cdiv(channels, block_c), rows)](
-        x, conv_state, state_slot, cu_seqlens, *x.stride(), conv_state.stride(0), channels,
-        taps - 1, triton.next_power_of_2(taps - 1), block_c,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _conv_prefill_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(channels, block_c))](
+            x, weight.contiguous(), bias, cu_seqlens, out, *x.stride(), num_tokens, channels, rows,
+            taps, block_t, block_c, bias is not None,
+        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _conv_tail_kernel[(triton.cdiv(channels, block_c), rows)](
+            x, conv_state, state_slot, cu_seqlens, *x.stride(), conv_state.stride(0), channels,
+            taps - 1, triton.next_power_of_2(taps - 1), block_c,
+        )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.kernels.gdn import gates
+from spec_compile.ops.kernels.gdn import check_fits, gates
 
 
 @triton.jit
@@ -65,12 +65,14 @@ def save_window(
     """
     batch, num_tokens, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[2:]
+    check_fits(num_tokens, kv_window, gate_window)
     weights = torch.empty(2, value_heads, dtype=torch.float32, device=k.device)
-    _save_window_kernel[(value_heads, batch)](
-        k, v, a, b, A_log, dt_bias, kv_window, gate_window, state_slot, weights,
-        *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2], kv_window.stride(0), gate_window.stride(0),
-        num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
-        max(2, triton.next_power_of_2(num_tokens)), triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim),
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        _save_window_kernel[(value_heads, batch)](
+            k, v, a, b, A_log, dt_bias, kv_window, gate_window, state_slot, weights,
+            *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2], kv_window.stride(0), gate_window.stride(0),
+            num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
+            max(2, triton.next_power_of_2(num_tokens)), triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim),
+            num_warps=4,
+        )  # fmt: skip
     return weights

@@ -56,6 +56,11 @@ class AttentionNode:
     kv_dtype: torch.dtype
     max_context: int | None = None  # most slots of a row, its window included; None before a pool exists
 
+    @property
+    def backend_key(self) -> str:
+        """What ``backend``'s dict calls it."""
+        return self.stage
+
 
 @dataclass(frozen=True)
 class DeltaNode:
@@ -72,6 +77,11 @@ class DeltaNode:
     is_tree: bool
     dtype: torch.dtype
     state_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # of A_log and dt_bias; None for ``dtype``
+
+    @property
+    def backend_key(self) -> str:
+        return self.op
 
 
 Node = AttentionNode | DeltaNode

@@ -32,7 +32,7 @@ def example_arguments(
     mixed = make(*lead, 2 * hk * d + hv * dv, device=device).to(node.dtype)
     q, k, v = mixed.split([hk * d, hk * d, hv * dv], -1)
     gates = [make(*lead, hv, device=device).to(node.dtype) for _ in range(2)]
-    weights = [make(hv, device=device).to(node.dtype) for _ in range(2)]
+    weights = [make(hv, device=device).to(node.weight_dtype or node.dtype) for _ in range(2)]
     state = make(slots, hv, dv, d, device=device).to(node.state_dtype)
     rows = torch.arange(1, batch + 1, device=device) if live else torch.zeros(batch, device=device)
     new = q.unflatten(-1, (hk, d)), k.unflatten(-1, (hk, d)), v.unflatten(-1, (hv, dv)), *gates, *weights, state

@@ -42,10 +42,22 @@ def supports(node: DeltaNode, hardware: Hardware) -> str | None:
         return f"states of {node.state_dtype} are not float32"
     if max(node.head_dim, node.v_head_dim) > _MAX_HEAD_DIM:
         return f"head dims {node.head_dim} and {node.v_head_dim} are not within {_MAX_HEAD_DIM}"
-    most = 64 if shared_memory(hardware) >= 160 * 1024 else 32
-    if node.num_tokens is not None and node.num_tokens > most:
-        return f"windows of {node.num_tokens} tokens, where the shared memory of {hardware.arch} is enough for {most}"
+    most = most_tokens(shared_memory(hardware), node.head_dim)
+    if (node.num_tokens or 1) > most:
+        what = "prompts" if node.num_tokens is None else f"windows of {node.num_tokens} tokens"
+        return (
+            f"{what} with keys of {node.head_dim} dims, where the shared memory of {hardware.arch} is enough for {most} tokens"
+        )
     return None
+
+
+def most_tokens(shared: int, key_dim: int) -> int:
+    """Tokens of a window or chunk that one program can take with ``shared`` bytes of shared memory; 0 if none.
+
+    For keys of 128 dims the kernels compiled for sm_90 take 160, 64 and 32 KiB (64, 32 and 16 tokens); of 256, twice that.
+    """
+    width = max(1, (1 << (key_dim - 1).bit_length()) // 128)
+    return next((tokens for tokens, kib in ((64, 160), (32, 64), (16, 32)) if kib * 1024 * width <= shared), 0)
 
 
 def lower(node: DeltaNode) -> torch._ops.OpOverload:
@@ -98,9 +110,8 @@ def gdn_prefill_triton(
     """``spec_compile::gdn_prefill``; same arguments and result."""
     from spec_compile.ops.kernels import gdn
 
-    return gdn.gdn_prefill(
-        q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, shared_memory=device_limits(q.device)[1]
-    )  # fmt: skip
+    chunk = most_tokens(device_limits(q.device)[1], q.shape[-1])
+    return gdn.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, chunk=chunk)
 
 
 gdn_verify_triton.register_fake(generic.gdn_verify_fake)

@@ -96,15 +96,12 @@ def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int
     """
     pages_per_row = capacity // page_size
     pages = {layout.layer: ring_pages(layout.window, page_size, pages_per_row) for layout in layers}
-    if device.type == "cpu":  # where asking for too much is not an error but the end of the process
-        wanted = page_size * sum(
-            (rows * pages[layout.layer] + 1) * math.prod(shape) * layout.dtype.itemsize
-            for layout in layers
-            for _, shape in layout.shapes
-        )
-        available = _available_memory()
-        if available is not None and wanted > 0.9 * available:
-            raise torch.OutOfMemoryError(f"{wanted / 2**30:.1f} GiB of keys and values, {available / 2**30:.1f} GiB available")
+    wanted = page_size * sum(
+        (rows * pages[layout.layer] + 1) * math.prod(shape) * layout.dtype.itemsize
+        for layout in layers
+        for _, shape in layout.shapes
+    )
+    check_room(wanted, "keys and values", device)
     caches = {
         (layout.layer, part): torch.zeros(rows * pages[layout.layer] + 1, page_size, *shape, dtype=layout.dtype, device=device)
         for layout in layers
@@ -112,6 +109,17 @@ def allocate(layers: list[LayerLayout], rows: int, capacity: int, page_size: int
     }
     page_table = torch.arange(1, rows * pages_per_row + 1, dtype=torch.int32, device=device).view(rows, pages_per_row)
     return KVPool(caches, page_table, rows, capacity, page_size, pages)
+
+
+def check_room(wanted: int, what: str, device: torch.device) -> None:
+    """Look for room where asking for too much is not an error but the end of the process: on a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: ``wanted`` bytes are not to be had.
+    """
+    available = _available_memory() if device.type == "cpu" else None
+    if available is not None and wanted > 0.9 * available:
+        raise torch.OutOfMemoryError(f"{wanted / 2**30:.1f} GiB of {what}, {available / 2**30:.1f} GiB available")
 
 
 def _available_memory() -> int | None:

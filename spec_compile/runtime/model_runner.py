@@ -91,10 +91,9 @@ class ModelRunner:
         """Ask for single tokens what can be asked before windows are captured, so that a forced provider fails at once."""
         for stage in ("draft", "draft_extend") if self.stage == "draft" else (self.stage,):
             for choice in self.choices["prefill"]:
-                delta = isinstance(choice.node, DeltaNode)
-                op = "gdn_verify" if delta else choice.node.op.replace("prefill_", "")
+                op = "gdn_verify" if isinstance(choice.node, DeltaNode) else choice.node.op.replace("prefill_", "")
                 node = dataclasses.replace(choice.node, op=op, stage=stage, batch=1, num_tokens=1)
-                choose(node, choice.layers, self.hardware, wanted(self.backend, op if delta else stage))
+                choose(node, choice.layers, self.hardware, wanted(self.backend, node.backend_key))
 
     def prefill_program(self, *, argmax: bool) -> StageProgram:
         """Packed prompts [1, T] -> logits [1, B, V] or ids [1, B] of each prompt's last token, and states [1, T, n * Ht]."""
@@ -181,17 +180,19 @@ class ModelRunner:
         A new pool moves every cache, so CUDA graphs captured over the old one are void, and every program chooses its
         kernels anew when it is next used.
         """
-        enough = self.states is None or self.states.most_tokens >= most_tokens
+        enough = not self.recurrent or (self.states is not None and self.states.most_tokens >= most_tokens)
         if self.pool is not None and self.pool.rows >= rows and self.pool.capacity >= capacity and enough:
             return False
         if self.pool is not None:
             rows, capacity = max(rows, self.pool.rows), max(capacity, self.pool.capacity)
+            most_tokens = max(most_tokens, 0 if self.states is None else self.states.most_tokens)
         self.drop_pool()  # free the old one first
         page_size = self.page_size if self.hardware.is_cuda else capacity
         capacity = -(-capacity // page_size) * page_size
-        self.pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
-        if self._state_layout is not None:
+        pool = kv_pool.allocate(self._layouts, rows, capacity, page_size, self.device)
+        if self.recurrent:
             self.states = state_pool.allocate(self._state_layout, rows, most_tokens, self.device)
+        self.pool = pool  # last: without room for both there is none
         return True
 
     def drop_pool(self) -> None:
@@ -281,8 +282,9 @@ def _warm_up(choice: Choice, device: torch.device) -> None:
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise BackendError(
-            f"{choice.provider} could not be made ready for {choice.stage} attention: {type(error).__name__}: {reason}\n"
-            f"Mend its installation (spec-compile doctor), or name another provider: backend={{{choice.stage!r}: 'triton'}}."
+            f"{choice.provider} could not be made ready for {choice.node.op} in {choice.stage} graphs: {type(error).__name__}: "
+            f"{reason}\nMend its installation (spec-compile doctor), or name another provider: "
+            f"backend={{{choice.node.backend_key!r}: 'triton'}}."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, fx
 
 from spec_compile.errors import CaptureError
 from spec_compile.passes.graph import CacheSlot, StageGraph, fake
+from spec_compile.runtime.kv_pool import check_room
 from spec_compile.runtime.program import Caches
 
 
@@ -108,16 +110,21 @@ def allocate(layout: StateLayout, rows: int, most_tokens: int, device: torch.dev
     Raises:
         torch.OutOfMemoryError: the device has no room for it.
     """
-    heads, slots = layout, rows + 1
-
-    def zeros(*shape: int, dtype: torch.dtype = layout.dtype) -> Tensor:
-        return torch.zeros(len(layout.layers), slots, *shape, dtype=dtype, device=device)
-
-    return StatePool(
-        layout,
-        zeros(heads.value_heads, heads.value_dim, heads.key_dim, dtype=torch.float32),
-        zeros(heads.stored, heads.channels),
-        zeros(most_tokens, heads.key_heads * heads.key_dim + heads.value_heads * heads.value_dim),
-        zeros(most_tokens, 2 * heads.value_heads, dtype=torch.float32),
-        zeros(most_tokens, heads.channels),
-    )
+    slots = rows + 1
+    keys, values = layout.key_heads * layout.key_dim, layout.value_heads * layout.value_dim
+    shapes = {
+        "state": (layout.value_heads, layout.value_dim, layout.key_dim),
+        "conv": (layout.stored, layout.channels),
+        "kv_window": (most_tokens, keys + values),
+        "gate_window": (most_tokens, 2 * layout.value_heads),
+        "conv_window": (most_tokens, layout.channels),
+    }
+    dtypes = {name: torch.float32 if name in ("state", "gate_window") else layout.dtype for name in shapes}
+    count = len(layout.layers) * slots
+    wanted = sum(count * math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+    check_room(wanted, "recurrent states", device)
+    made = {
+        name: torch.zeros(len(layout.layers), slots, *shape, dtype=dtypes[name], device=device)
+        for name, shape in shapes.items()
+    }
+    return StatePool(layout, **made)

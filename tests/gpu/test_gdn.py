@@ -52,7 +52,7 @@ SHAPES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def implementation(verify: str = "gdn_verify_triton") -> Implementation:
     """The kernels as ops on a device, bare in the interpreter."""
     if INTERPRETED:
-        prefill = functools.partial(gdn.gdn_prefill, shared_memory=224 * 1024)
+        prefill = functools.partial(gdn.gdn_prefill, chunk=64)
         return Implementation(gdn.conv_verify, gdn.gdn_verify, gdn.gdn_commit, gdn.conv_prefill, prefill)
     ops = torch.ops.spec_compile
     providers.load_for(NODE, "triton")  # registers the ops
