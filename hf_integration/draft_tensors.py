@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def tensor_names(directory: Path) -> set[str]:
     """Names of all tensors of a checkpoint, as stored; no tensor is read. Empty when there are no weight files."""
     for index in (directory / "model.safetensors.index.json", directory / "pytorch_model.bin.index.json"):
         if index.exists():
-            return set(json.loads(index.read_text())["weight_map"])
+            return set(read_index(index))
     return {name for file in weight_files(directory) for name in read_names(file)}
 
 
@@ -95,11 +96,20 @@ def weight_files(directory: Path) -> list[Path]:
         ("*.bin", "pytorch_model.bin.index.json"),
     ):
         if (directory / index).exists():
-            shards = set(json.loads((directory / index).read_text())["weight_map"].values())
-            return [directory / shard for shard in sorted(shards)]
+            return [directory / shard for shard in sorted(set(read_index(directory / index).values()))]
         if files := sorted(file for file in directory.glob(pattern) if file.name != "training_args.bin"):
             return files
     return []
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> the file that holds it, from the index of a checkpoint of several files.
+
+    Raises:
+        DraftError: it cannot be read.
+    """
+    with _readable(file):
+        return dict(json.loads(file.read_text())["weight_map"])
 
 
 def read_names(file: Path) -> list[str]:
@@ -112,7 +122,9 @@ def read_names(file: Path) -> list[str]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt", device="cpu") as opened:
                 return list(opened.keys())
-        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        # Files from before PyTorch 1.6, or saved with _use_new_zipfile_serialization=False, are no zip archives: torch.load
+        # refuses to map them into memory.
+        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
 
 
 def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,6 +30,7 @@ from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.draft_tensors import (
     DraftCheckpoint,
     fill,
+    read_index,
     read_names,
     read_tensors,
     vocabulary,
@@ -166,7 +167,8 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
 
 def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target: PreTrainedModel) -> bool:
     """Whether a checkpoint is to be read as an MTP head for ``target``: it holds one beside a model of the target's sizes, or
-    in a directory of its own. Another model with a head of its own (a smaller sibling) is none.
+    in a directory of its own. Another model with a head of its own (a smaller sibling) is none. What cannot be read may still
+    be a causal LM that transformers can load (or says why not): a warning, no error.
 
     Args:
         config: the checkpoint's ``config.json``.
@@ -175,7 +177,11 @@ def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target
     of_target = all(text.get(size) == getattr(ours, size) for size in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if not of_target and not Path(where).expanduser().is_dir():
         return False  # nothing more is fetched of an ordinary draft model
-    files = _files_by_name(os.fspath(where), None)
+    try:
+        files = _files_by_name(os.fspath(where), None)
+    except DraftError as error:
+        warnings.warn(f"spec_compile: taken for a causal LM, its MTP head could not be looked for: {error}", stacklevel=2)
+        return False
     layout = find_mtp(files)
     return layout is not None and (of_target or all(name.startswith(layout.prefix) for name in files))
 
@@ -202,30 +208,58 @@ def _build(
 # Files
 
 
-def _file(where: str, name: str, revision: str | None) -> Path | None:
-    """A file of a directory or a hub repository; None where there is none of that name."""
+class _NotFetchedError(DraftError):
+    """The hub did not answer and its cache lacks a file: there may be one of that name, or none."""
+
+
+def _file(where: str, name: str, revision: str | None, cached: bool = False) -> Path | None:
+    """A file of a directory or a hub repository (``cached``: of its cache alone); None where there is none of that name."""
     local = Path(where).expanduser()
     if local.is_dir():
         return local / name if (local / name).exists() else None
     try:
-        return Path(hf_hub_download(where, name, revision=revision))
+        return Path(hf_hub_download(where, name, revision=revision, local_files_only=cached))
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError, but the hub was not heard
+        raise _NotFetchedError(
+            f"draft={where!r}: {name} cannot be read: it is not in the hub's cache and could not be fetched. Connect once, so "
+            "that it is, or pass a directory that holds the whole checkpoint as draft=. The hub's client says: "
+            f"{_first_line(error)}"
+        ) from error
     except EntryNotFoundError:
         return None
     except Exception as error:  # hub, network and cache errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DraftError(f"draft={where!r}: {name} of the target's checkpoint cannot be read: {reason}") from error
+        raise DraftError(f"draft={where!r}: {name} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _first_file(where: str, names: Collection[str], revision: str | None) -> Path | None:
+    """The first of ``names`` that there is; None where there is none of them.
+
+    A name that cannot be asked for is passed over while another is at hand: a cache holds the files that were loaded, and
+    seldom a word about those that the repository lacks. A hub that does not answer is asked once: its client tries for long.
+    """
+    unknown = None
+    for name in names:
+        try:
+            if path := _file(where, name, revision, cached=unknown is not None):
+                return path
+        except _NotFetchedError as error:
+            unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return None
 
 
 def _files_by_name(where: str, revision: str | None) -> dict[str, str]:
     """Tensor name -> the file that holds it; empty without weight files."""
-    for name in _INDEXES:
-        if index := _file(where, name, revision):
-            return json.loads(index.read_text())["weight_map"]
     local = Path(where).expanduser()
-    if local.is_dir():
-        files = weight_files(local)
-    else:
-        files = [path for name in _SINGLE_FILES if (path := _file(where, name, revision))][:1]
+    first = _first_file(where, _INDEXES if local.is_dir() else (*_INDEXES, *_SINGLE_FILES), revision)
+    if first is not None and first.name in _INDEXES:
+        return read_index(first)
+    files = weight_files(local) if local.is_dir() else [first] if first else []
     return {name: file.name for file in files for name in read_names(file)}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.draft_tensors import tensor_names
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
 from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
 
@@ -115,6 +118,25 @@ def test_an_ordinary_model_is_no_head(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name in ("lm", "one_layer", "empty"):
         assert load_draft_head(tmp_path / name, model) is None
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_model_in_a_bin_file_of_either_kind_is_a_draft(tmp_path: Path, zipped: bool):
+    """The older kind is no zip archive and cannot be mapped into memory. Files beside it may hold anything."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2}
+    model, draft = tiny_model("llama", **sizes), tiny_model("llama", **sizes, seed=1)
+    draft.config.save_pretrained(tmp_path)
+    torch.save(draft.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert zipfile.is_zipfile(tmp_path / "pytorch_model.bin") == zipped
+    assert tensor_names(tmp_path) == set(draft.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_draft_head(tmp_path, model) is None
+    (tmp_path / "openvino_model.bin").write_bytes(b"no tensors")
+    with pytest.warns(UserWarning, match=r"taken for a causal LM, .*openvino_model\.bin cannot be read"):
+        spec_compile(model, draft=str(tmp_path), compile="none")
+    loaded = model.spec._engine.draft.runner.model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in draft.state_dict().items())
 
 
 def test_what_does_not_fit_is_named(saved: tuple[Path, Eagle3Head]):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from draft_files import draft_logits, largest_difference
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from mtp_files import MTP_FAMILIES, VOCAB, published, write_checkpoint
 from mtp_reference import Module
 from safetensors.torch import load_file, save_file
@@ -22,10 +22,11 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spec_compile import spec_compile
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 from spec_compile.hf_integration.mtp import MtpHead, random_mtp_head
-from spec_compile.hf_integration.mtp_checkpoint import find_mtp, load_mtp_head
+from spec_compile.hf_integration.mtp_checkpoint import find_mtp, holds_mtp_for, load_mtp_head
 
 TOLERANCE = 2e-5
 PREFILL, STEPS = 10, 2
@@ -301,8 +302,8 @@ def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, mo
     target = write_checkpoint(directory, target, published("qwen2", target))
     head, fetched = load_mtp_head(target), []
 
-    def download(name: str, file: str, revision: str | None) -> str:
-        assert (name, revision) == ("somebody/model", "abc")
+    def download(name: str, file: str, revision: str | None, local_files_only: bool) -> str:
+        assert (name, revision, local_files_only) == ("somebody/model", "abc", False)
         if not (directory / file).exists():
             raise EntryNotFoundError(f"{file} is not there")
         fetched.append(file)
@@ -316,12 +317,34 @@ def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, mo
     save_file(published("qwen2", target), directory / "model.safetensors")
     assert same_head(head, load_mtp_head(target))
 
-    def offline(*_args: object, **_kwargs: object) -> str:
-        raise ConnectionError("no network")
+
+def test_without_the_hub_what_is_not_cached_is_unknown_and_not_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client raises a kind of EntryNotFoundError for both; a cache says nothing of files that a repository lacks."""
+    target = write_checkpoint(tmp_path / "cached", tiny_model("qwen2"), published("qwen2", tiny_model("qwen2")))
+    head, asked = load_mtp_head(target), []
+    target.name_or_path = "somebody/model"
+
+    def offline(_name: str, file: str, revision: str | None, local_files_only: bool) -> str:
+        if not (tmp_path / "cached" / file).exists():
+            asked.extend([] if local_files_only else [file])
+            raise LocalEntryNotFoundError("Please check your connection")
+        return str(tmp_path / "cached" / file)
 
     monkeypatch.setattr("spec_compile.hf_integration.mtp_checkpoint.hf_hub_download", offline)
-    with pytest.raises(DraftError, match=r"'somebody/model': model\.safetensors\.index\.json .* cannot be read: no network"):
-        load_mtp_head(target)
+    assert same_head(head, load_mtp_head(target))
+    # One after another: the config (block sizes stand there), the shard, everything.
+    files = ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for file in files:
+        (tmp_path / "cached" / file).unlink()
+        with pytest.raises(DraftError, match=rf"'somebody/model': {file} cannot be read: .*Connect once.* your connection"):
+            spec_compile(target, draft="mtp", compile="none")
+    assert asked == files, "a hub that does not answer is asked once"
+    with pytest.warns(UserWarning, match=r"taken for a causal LM, .*model\.safetensors\.index\.json cannot be read"):
+        assert not holds_mtp_for("somebody/model", target.config.to_dict(), target), "transformers then says what it lacks"
+    # A checkpoint of one file has no index, and nothing in a cache says so.
+    save_file(published("qwen2", target), tmp_path / "cached" / "model.safetensors")
+    target.config.save_pretrained(tmp_path / "cached")
+    assert same_head(head, load_mtp_head(target))
 
 
 @pytest.mark.parametrize(
