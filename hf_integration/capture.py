@@ -35,8 +35,9 @@ _SUBJECT = "Developer debug context:"
 _one_at_a_time = threading.Lock()  # what transformers calls during capture finds its context in a global
 
 
-class _Captured(Exception):
-    """Raised in place of running the captured graph: only the graph is wanted."""
+class _Captured(BaseException):
+    """Raised in place of compiling the captured graph: only the graph is wanted, no guards and no code. Dynamo would wrap an
+    ``Exception``."""
 
 
 def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, taps: tuple[int, ...] = ()) -> StageGraph:
@@ -184,11 +185,7 @@ def _capture(
 
             def backend(gm: fx.GraphModule, example_inputs: list):
                 captured.append(StageGraph(_bind(gm, example_inputs, names, context), stage))
-
-                def stop(*_args):
-                    raise _Captured
-
-                return stop
+                raise _Captured
 
             def step(*args):
                 return forward(context, **dict(zip(inputs, args, strict=True)))

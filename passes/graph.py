@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from spec_compile.passes.dead_code import has_effect
 
@@ -48,12 +50,18 @@ class StageGraph:
 
     def copy(self) -> StageGraph:
         """An independent graph over the same tensors, so that one capture serves several variants of a stage."""
-        gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))  # copies nodes; their metadata is shared, not cloned
+        with lazy_code():
+            gm = _make_graph_module(self.gm, copy.deepcopy(self.gm.graph))  # copies nodes; their metadata is shared, not cloned
         return StageGraph(gm, self.stage, list(self.report))
 
     def note(self, line: str) -> None:
         self.report.append(line)
         log.info("[%s] %s", self.stage, line)
+
+
+def lazy_code() -> contextlib.AbstractContextManager[None]:
+    """Graph modules made within write their code when they are first run, not after every pass: most never are."""
+    return _use_lazy_graph_module(True)
 
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:

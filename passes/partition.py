@@ -21,7 +21,7 @@ from torch.fx.passes.split_module import split_module
 
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.ops import linear_attention as linear_attention_ops  # registers spec_compile::conv_verify, …
-from spec_compile.passes.graph import StageGraph, fake, placeholders
+from spec_compile.passes.graph import StageGraph, fake, lazy_code, placeholders
 from spec_compile.passes.select_backend import needs_provider
 
 __all__ = ["kv_cache_ops", "linear_attention_ops", "partition", "segment_key"]
@@ -43,7 +43,8 @@ def partition(graph: StageGraph) -> StageGraph:
             current += 2
         else:
             part_of[node] = current
-    top = split_module(graph.gm, graph.gm, lambda node: part_of[node], keep_original_order=True)
+    with lazy_code():
+        top = split_module(graph.gm, graph.gm, lambda node: part_of[node], keep_original_order=True)
     _inline_opaque(top)
     _give_fakes(top)
     for node in placeholders(top):
