@@ -3,6 +3,7 @@ models that are alike, too: see ``trace_once``."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 
 from trace_once import trace_once
 
+from spec_compile.runtime.engine import Engine
+
 torch.set_num_threads(1)
 
 
@@ -24,9 +27,27 @@ def _trace_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_collections() -> Iterator[None]:
+    """What is imported stays, and traces leave millions of objects: looking at them all again and again took a tenth."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of up to five run in five rows, padded as a GPU's buckets are: one capture serves them all."""
+    monkeypatch.setattr(Engine, "bucket", lambda self, batch: max(batch, 5))
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def test_ngram_drafts(reference: PreTrainedModel, model: PreTrainedModel, monkey
     assert 1 in seen and max(seen) > 1, "drafts must be rejected and accepted for this to mean anything"
 
 
+@pytest.mark.usefixtures("one_bucket")
 def test_causal_lm_drafts(family: str, reference: PreTrainedModel) -> None:
     """The draft is the target with slightly moved weights, so that windows are accepted in part."""
     draft = tiny_model(family)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 from mtp_files import MTP_FAMILIES
 from test_eagle_families import Pair, check_rounds, make_pair
-from test_windows import one_bucket
 from tiny import tiny_model
 
 from spec_compile.hf_integration.mtp import random_mtp_head
 
-__all__ = ["one_bucket"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("one_bucket")
 
 CHAIN, TREE = "3/1/4", "3/2/6"
 CASES = ([(CHAIN, 1), (TREE, 3), (CHAIN, 5)], [(TREE, 1), (CHAIN, 3), (TREE, 5)])  # families take turns

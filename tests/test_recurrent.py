@@ -9,7 +9,7 @@ import pytest
 import torch
 from heads import fit, options_of, reshape
 from ngrams import looked_up
-from test_windows import BATCHES, CHAIN, NEW_TOKENS, PROMPT, TREE, Compiled, one_bucket
+from test_windows import BATCHES, CHAIN, NEW_TOKENS, PROMPT, TREE, Compiled
 from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
@@ -28,7 +28,7 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import SamplingPlan
 
-__all__ = ["one_bucket"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("one_bucket")
 
 
 @pytest.fixture(scope="module", params=RECURRENT_FAMILIES)

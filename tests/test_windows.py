@@ -3,7 +3,6 @@ plain transformers token for token in float32, behind chains and trees that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -26,12 +25,7 @@ CHAIN, TREE = "5/1/6", "5/3/10"  # both reach past a window of 3 from within
 BATCHES = (1, 3, 5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_bucket() -> Iterator[None]:
-    """Every batch runs in five rows, padded as a GPU's buckets are: one capture serves them all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "bucket", lambda self, batch: max(BATCHES))
-        yield
+pytestmark = pytest.mark.usefixtures("one_bucket")
 
 
 def windowed_model(family: str) -> PreTrainedModel:
