@@ -66,12 +66,17 @@ def capture_prefill(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> Stage
         return _capture(model, 1, "prefill", inputs, _causal_lm(model, taps, states), dynamic_length=True)
 
 
-def capture_head_window(head: DraftHead, batch: int, num_tokens: int, num_rows: int, stage: str) -> StageGraph:
+def capture_head_window(
+    head: DraftHead, batch: int, num_tokens: int, num_rows: int, stage: str, all_states: bool = False
+) -> StageGraph:
     """A draft head over windows, with static shapes; puts out logits [batch, num_rows, Vd] and the next step's states.
 
     Runtime inputs: ``input_ids``, ``position_ids`` [batch, num_tokens]; ``hidden_states`` [batch, num_tokens, n * Ht] of the
     target in stage ``"draft_extend"``, the head's own [batch, num_tokens, H] in stage ``"draft"``; and, unless every slot is
     wanted, ``slots`` int64 [batch, num_rows], the window slots to put out.
+
+    Args:
+        all_states: put out the states of every slot [batch, num_tokens, H]; ``slots`` are then those of the logits alone.
 
     Raises:
         CaptureError: the head cannot be captured; says why.
@@ -84,9 +89,8 @@ def capture_head_window(head: DraftHead, batch: int, num_tokens: int, num_rows: 
     def forward(context: CaptureContext, input_ids, position_ids, hidden_states, slots=None):
         states = head.project(hidden_states) if stage == "draft_extend" else hidden_states
         hidden = head(input_ids, states, position_ids, past_key_values=context.cache)  # [B, N, H]
-        if slots is not None:
-            hidden = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, R, H]
-        return head.logits(hidden), head.feedback(hidden)
+        kept = hidden if slots is None else hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, R, H]
+        return head.logits(kept), head.feedback(hidden if all_states else kept)
 
     return _capture(head, batch, stage, inputs, forward, dynamic_length=False)
 

@@ -27,6 +27,7 @@ from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_chec
 from spec_compile.hf_integration.eagle import read_eagle
 from spec_compile.hf_integration.eagle3_safeailab import read_eagle3_safeailab
 from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculators
+from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.hf_integration.mtp_checkpoint import holds_mtp_for, load_mtp_head
 
 Reader = Callable[[DraftCheckpoint, PreTrainedModel], DraftHead]
@@ -56,14 +57,15 @@ _HINTS = ("draft_vocab_size", "eagle_config", "target_hidden_size", "dflash_conf
 _READ = "EAGLE-1/2, EAGLE-3 (SafeAILab, SpecForge, speculators), DFlash (z-lab, speculators, transformers), MTP modules"
 
 
-def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHead | None:
+def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHead | MtpLayers | None:
     """Load a draft head for ``target``, in its dtype and on its device.
 
     Args:
         name: a directory with ``config.json`` and .safetensors or .bin files, or a hub id.
 
     Returns:
-        The head, or None when this is no draft head (an ordinary model, or a directory without a config).
+        The head, or several that draft in turn; None when this is no draft head (an ordinary model, or a directory without a
+        config).
 
     Raises:
         DraftError: a head that is broken, of a kind that has no reader, or does not fit ``target``; or nothing was found.

@@ -2,7 +2,8 @@
 
 x = eh_proj(cat[enorm(embedding of token i + 1), hnorm(state of token i)]) goes through one decoder layer of the target's own
 kind, then a norm; what comes out is read by the language-model head and fed to the next step. The state is the target's after
-its final norm. MiMo concatenates the other way round. One trained layer drafts every step, each from the one before.
+its final norm. MiMo concatenates the other way round. One trained layer drafts every step, each from the one before; of
+several (``MtpLayers``) each drafts one.
 
 Conventions: transformers modeling_layers.py (MtpLayer, MtpModel), vLLM models/qwen3_next_mtp.py and models/mimo_mtp.py, SGLang
 models/deepseek_nextn.py and models/qwen3_5_mtp.py. Compared in tests/test_draft_mtp.py.
@@ -11,6 +12,7 @@ models/deepseek_nextn.py and models/qwen3_5_mtp.py. Compared in tests/test_draft
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +111,18 @@ class MtpHead(DraftHead):
         return hidden
 
 
+class MtpLayers(nn.Module):
+    """MTP heads that were trained together and draft in turn: step j of a round is head j's, see ``drafts.mtp_layers``.
+
+    Attributes:
+        heads: one a step. A single one of them drafts every step of a round if it is passed as ``draft=`` itself.
+    """
+
+    def __init__(self, heads: Sequence[MtpHead]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+
 def mtp_config(target: PreTrainedModel, sparse: bool) -> PretrainedConfig:
     """The target's config cut down to one layer with full attention, with or without experts."""
     config = copy.deepcopy(target.config.get_text_config(decoder=True))
@@ -139,3 +153,8 @@ def random_mtp_head(
         head = MtpHead(target, sparse=sparse, hidden_first=hidden_first, owned=("lm_head",) if own_lm_head else ())
     randomise(head, seed)
     return head.eval()
+
+
+def random_mtp_layers(target: PreTrainedModel, num_layers: int, seed: int = 0, **options: bool) -> MtpLayers:
+    """``num_layers`` untrained heads that draft in turn; options as for ``random_mtp_head``."""
+    return MtpLayers([random_mtp_head(target, seed + i, **options) for i in range(num_layers)])

@@ -1,9 +1,9 @@
 """MTP heads from a target's own checkpoint, where transformers leaves them behind when it loads the model.
 
 * Qwen3-Next, Qwen3.5 and its MoE: ``mtp.*``, beside ``model.*`` or ``model.language_model.*`` (vLLM models/qwen3_next_mtp.py,
-  SGLang models/qwen3_5_mtp.py).
-* DeepSeek-V3, GLM-4.5 and later: ``model.layers.{L}.*`` behind the last layer (vLLM models/deepseek_mtp.py, transformers
-  modeling_layers.py).
+  SGLang models/qwen3_5_mtp.py). Several ``mtp.layers.{i}`` share everything else (vLLM: layer ``spec_step_idx``).
+* DeepSeek-V3, GLM-4.5 and later: ``model.layers.{L}.*`` behind the last layer, ``{L + 1}`` and so on (vLLM
+  models/deepseek_mtp.py, transformers modeling_layers.py).
 * MiMo-7B: ``model.mtp_layers.{i}.*`` (vLLM models/mimo_mtp.py).
 
 Only the files that hold these tensors are opened, or fetched from the hub.
@@ -36,7 +36,7 @@ from spec_compile.hf_integration.draft_tensors import (
     vocabulary,
     weight_files,
 )
-from spec_compile.hf_integration.mtp import MtpHead
+from spec_compile.hf_integration.mtp import MtpHead, MtpLayers
 
 
 @dataclass(frozen=True)
@@ -105,38 +105,47 @@ _LOOKED_FOR = "mtp.fc.weight, model.layers.<L>.eh_proj.weight, model.mtp_layers.
 
 @dataclass(frozen=True)
 class MtpLayout:
-    """Where a checkpoint's first MTP module stands.
+    """Where a checkpoint's MTP modules stand.
 
     Attributes:
-        prefix: what its tensors' names begin with.
-        modules: how many modules, or layers of one, the checkpoint holds.
+        modules: by the step it drafts, each one's tensors: their names in the checkpoint -> ``MtpHead``'s.
     """
 
     format: MtpFormat
-    prefix: str
-    modules: int
+    modules: tuple[Mapping[str, str], ...]
 
 
 def find_mtp(names: Collection[str]) -> MtpLayout | None:
-    """The MTP module among a checkpoint's tensor names; None without one."""
+    """The MTP modules among a checkpoint's tensor names; None without one."""
     for known in _FORMATS:
         pattern = re.compile(rf"(?P<prefix>{known.prefix}){re.escape(known.projection)}")
         found = [match for name in names if (match := pattern.fullmatch(name))]
         if not found:
             continue
         if "module" in pattern.groupindex:
-            first = min(found, key=lambda match: int(match["module"]))
-            return MtpLayout(known, first["prefix"], len(found))
-        prefix = found[0]["prefix"]
-        layers = {match[1] for name in names if (match := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
-        return MtpLayout(known, prefix, len(layers))
+            in_turn = sorted(found, key=lambda match: int(match["module"]))
+            return MtpLayout(known, tuple(_module(names, match["prefix"], known) for match in in_turn))
+        return MtpLayout(known, _modules_of_layers(_module(names, found[0]["prefix"], known)))
     return None
 
 
-def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = None) -> MtpHead:
-    """Load the MTP head that a target's checkpoint holds, in the target's dtype and on its device.
+def _module(names: Collection[str], prefix: str, known: MtpFormat) -> dict[str, str]:
+    """Names behind ``prefix`` -> ``MtpHead``'s."""
+    return {name: _renamed(name.removeprefix(prefix), known) for name in names if name.startswith(prefix)}
 
-    Of several modules or layers the first drafts every step, as SGLang does it; a warning says so.
+
+def _modules_of_layers(module: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+    """A module with several ``layers.{i}`` as one for each of them, which share all other tensors."""
+    layers = {name: int(match[1]) for name, new in module.items() if (match := re.match(r"layers\.(\d+)\.", new))}
+    return tuple(
+        {name: re.sub(r"^layers\.\d+\.", "layers.0.", new) for name, new in module.items() if layers.get(name, layer) == layer}
+        for layer in sorted(set(layers.values())) or [0]
+    )
+
+
+def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = None) -> MtpHead | MtpLayers:
+    """Load the MTP head that a target's checkpoint holds, in the target's dtype and on its device; several, if it was trained
+    to draft with them in turn.
 
     Args:
         where: a directory or hub id that holds the tensors; None for what the target was loaded from.
@@ -162,7 +171,18 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
             f"draft={where!r} holds no MTP head: looked for {_LOOKED_FOR}; it holds {seen}.{gguf} Many quantised or fine-tuned "
             "copies leave the head out: pass the original's directory or hub id as draft=."
         )
-    return _build(target, where, layout, _read(where, revision, layout, files), _block_size(where, revision))
+    heads = []
+    for number, module in enumerate(layout.modules, 1):
+        what = where if len(layout.modules) == 1 else f"{where}, MTP layer {number} of {len(layout.modules)}"
+        tensors = _read(where, revision, module, files)
+        heads.append(_build(target, what, layout.format, tensors, _block_size(where, revision)))
+    if len(heads) == 1:
+        return heads[0]
+    for name in layout.modules[0].keys() & layout.modules[1].keys():  # stored once
+        module = layout.modules[0][name].removesuffix(".weight")
+        for head in heads[1:]:
+            setattr(head, module, getattr(heads[0], module))
+    return MtpLayers(heads)
 
 
 def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target: PreTrainedModel) -> bool:
@@ -183,23 +203,18 @@ def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target
         warnings.warn(f"spec_compile: taken for a causal LM, its MTP head could not be looked for: {error}", stacklevel=2)
         return False
     layout = find_mtp(files)
-    return layout is not None and (of_target or all(name.startswith(layout.prefix) for name in files))
+    return layout is not None and (of_target or set(files) == {name for module in layout.modules for name in module})
 
 
 def _build(
-    target: PreTrainedModel, where: str, layout: MtpLayout, tensors: dict[str, Tensor], block_size: tuple[int, int]
+    target: PreTrainedModel, where: str, known: MtpFormat, tensors: dict[str, Tensor], block_size: tuple[int, int]
 ) -> MtpHead:
-    if layout.modules > 1:
-        warnings.warn(
-            f"spec_compile: draft={where!r} holds {layout.modules} MTP layers for as many steps; the first drafts every step.",
-            stacklevel=2,
-        )
     tensors = _stack_experts(_dequantise(where, tensors, block_size))
     checkpoint = DraftCheckpoint(where, {}, tensors)
     _, owned = vocabulary(checkpoint, target)
     sparse = any(name.startswith("layers.0.mlp.experts.") for name in tensors)
     with like_target(target):
-        head = MtpHead(target, sparse=sparse, hidden_first=layout.format.hidden_first, owned=owned)
+        head = MtpHead(target, sparse=sparse, hidden_first=known.hidden_first, owned=owned)
     fill(head, checkpoint)
     return head
 
@@ -263,17 +278,16 @@ def _files_by_name(where: str, revision: str | None) -> dict[str, str]:
     return {name: file.name for file in files for name in read_names(file)}
 
 
-def _read(where: str, revision: str | None, layout: MtpLayout, files: Mapping[str, str]) -> dict[str, Tensor]:
-    """The module's tensors on the CPU under ``MtpHead``'s names; of several layers the first's."""
-    wanted = {name: file for name, file in files.items() if name.startswith(layout.prefix)}
+def _read(where: str, revision: str | None, module: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Tensor]:
+    """A module's tensors on the CPU under ``MtpHead``'s names."""
     out = {}
-    for file in sorted(set(wanted.values())):
+    for file in sorted({files[name] for name in module}):
         path = _file(where, file, revision)
         if path is None:
             raise DraftError(f"draft={where!r}: its index says that MTP tensors are in {file}, which is not there.")
-        out |= read_tensors(path, {name for name, held_by in wanted.items() if held_by == file})
-    renamed = {_renamed(name.removeprefix(layout.prefix), layout.format): value for name, value in out.items()}
-    return {name: value for name, value in renamed.items() if not re.match(r"layers\.[1-9]", name)}
+        held = read_tensors(path, {name for name in module if files[name] == file})
+        out |= {module[name]: value for name, value in held.items()}
+    return out
 
 
 def _renamed(name: str, known: MtpFormat) -> str:

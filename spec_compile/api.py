@@ -14,6 +14,7 @@ from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
+from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.passes.select_backend import check_backend
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.dflash_runner import DFlashRunner
@@ -27,7 +28,7 @@ from spec_compile.runtime.tune import AttentionTuner
 @torch.inference_mode(False)  # or parameters that are fused here could never be trained again
 def spec_compile(
     model: PreTrainedModel,
-    draft: str | PreTrainedModel | None = "ngram",
+    draft: str | PreTrainedModel | MtpLayers | None = "ngram",
     backend: str | Mapping[str, str] = "auto",
     config: SpecConfig | None = None,
     **overrides: object,

@@ -17,8 +17,9 @@ def explain(engine: Engine) -> str:
     draft = engine.draft
     lines.append(f"draft: {'none' if draft is None else f'{draft.kind}, {_rounds(draft.shape)}'}")
     lines += _runner("target", engine.target)
-    if draft is not None and draft.runner is not None:
-        lines += _runner("draft", draft.runner)
+    runners = () if draft is None else draft.runners
+    for number, runner in enumerate(runners, 1):
+        lines += _runner("draft" if len(runners) == 1 else f"draft step {number}", runner)
     for name, nbytes in engine.captured():
         lines.append(f"CUDA graph: {name}, {nbytes / 2**20:.1f} MiB")
     if engine.hardware.is_cuda and engine.graphs is None:

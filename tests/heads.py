@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.runtime.engine import Engine
 
 
@@ -79,17 +80,36 @@ def fit(
         first: only the last so many tokens of each are taught; the text is random before.
         noise: what is added to the solution, in its own standard deviations, so that the right token is not always the first.
     """
-    features, wanted = [], []
-    ids = torch.arange(head.lm_head.weight.shape[0]) if head.draft_ids is None else head.draft_ids
-    where = {int(token): i for i, token in enumerate(ids)}
+    known = []
     for tokens in texts:
         states = target_states(target, head.taps, tokens)
         for step, hidden in enumerate(drafted_states(head, states, tokens, steps)):
             answers = tokens[step + 2 :]
-            for feature, answer in list(zip(read_by_lm_head(head, hidden[0, : len(answers)]), answers, strict=True))[-first:]:
-                if int(answer) in where:
-                    features.append(feature)
-                    wanted.append(where[int(answer)])
+            known += list(zip(read_by_lm_head(head, hidden[0, : len(answers)]), answers.tolist(), strict=True))[-first:]
+    teach(head, known, noise=noise, ridge=ridge)
+
+
+@torch.no_grad()
+def fit_in_turn(layers: MtpLayers, target: PreTrainedModel, texts: list[Tensor], first: int) -> None:
+    """``fit`` for heads that draft in turn: each is taught what stands as far ahead as it looks."""
+    known: list[list[tuple[Tensor, int]]] = [[] for _ in layers.heads]
+    for tokens in texts:
+        states = target_states(target, layers.heads[0].taps, tokens)
+        for ahead, (head, pairs) in enumerate(zip(layers.heads, known, strict=True), 1):
+            ids = tokens[ahead:]
+            states = head(ids[None], states[:, : len(ids)], torch.arange(len(ids))[None])
+            pairs += list(zip(states[0, :-1], tokens[ahead + 1 :].tolist(), strict=True))[-first:]
+    for head, pairs in zip(layers.heads, known, strict=True):
+        teach(head, pairs)
+
+
+@torch.no_grad()
+def teach(head: DraftHead, known: list[tuple[Tensor, int]], *, noise: float = 0.6, ridge: float = 0.05) -> None:
+    """Solve for a language-model head that finds the token behind each feature [H]; see ``fit``."""
+    ids = torch.arange(head.lm_head.weight.shape[0]) if head.draft_ids is None else head.draft_ids
+    where = {int(token): i for i, token in enumerate(ids)}
+    known = [(feature, where[answer]) for feature, answer in known if answer in where]
+    features, wanted = zip(*known, strict=True)
     x = torch.stack(features).double()  # [S, H]
     y = torch.nn.functional.one_hot(torch.tensor(wanted), len(where)).double()
     solution = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ y)  # [H, Vd]
@@ -102,7 +122,7 @@ def reshape(model: PreTrainedModel, **options: object) -> None:
     """Let a compiled model draft rounds of another shape. What was captured stays: capturing is most of a test's time."""
     engine = model.spec._engine
     config = dataclasses.replace(engine.config, **{"topk": 1, "num_draft_tokens": None, "verification": "token", **options})
-    draft = EagleDraft(engine.draft.runner, engine.draft.head, config.round_shape(5), engine.draft.vocab_size)
+    draft = EagleDraft(engine.draft.runners[0], engine.draft.head, config.round_shape(5), engine.draft.vocab_size)
     model.spec._engine = Engine(engine.target, draft, engine.compiler, engine.hardware, config)
 
 

@@ -20,8 +20,8 @@ HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, EXPERT, INTER = 64, 96, 4, 2,
 MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2", *RECURRENT_FAMILIES)  # MiMo-7B is Qwen2's architecture
 
 
-def _published_shapes(family: str, layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the MTP tensors behind a target of ``layer`` layers."""
+def _published_shapes(family: str, layer: int, number: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the MTP tensors behind a target of ``layer`` layers, of its layer ``number`` if there are several."""
     h, heads, kv = HIDDEN, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     latent, gated = family in ("deepseek_v3", "glm4_moe_lite"), family in RECURRENT_FAMILIES
     if latent:
@@ -54,29 +54,30 @@ def _published_shapes(family: str, layer: int) -> dict[str, tuple[int, ...]]:
     if gated:
         named = {"fc.weight": (h, 2 * h), "norm.weight": (h,)}
         named |= {"pre_fc_norm_embedding.weight": (h,), "pre_fc_norm_hidden.weight": (h,)}
-        return {f"mtp.{name}": shape for name, shape in (named | {f"layers.0.{n}": s for n, s in block.items()}).items()}
+        return {f"mtp.{name}": shape for name, shape in (named | {f"layers.{number}.{n}": s for n, s in block.items()}).items()}
     if family == "qwen2":
         named = {"input_proj.weight": (h, 2 * h), "final_layernorm.weight": (h,)}
         named |= {"token_layernorm.weight": (h,), "hidden_layernorm.weight": (h,)}
-        return {f"model.mtp_layers.0.{name}": shape for name, shape in (named | block).items()}
+        return {f"model.mtp_layers.{number}.{name}": shape for name, shape in (named | block).items()}
     named = {"eh_proj.weight": (h, 2 * h), "enorm.weight": (h,), "hnorm.weight": (h,), "shared_head.norm.weight": (h,)}
-    return {f"model.layers.{layer}.{name}": shape for name, shape in (named | block).items()}
+    return {f"model.layers.{layer + number}.{name}": shape for name, shape in (named | block).items()}
 
 
-def published(family: str, target: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
+def published(family: str, target: PreTrainedModel, seed: int = 0, layers: int = 1) -> dict[str, Tensor]:
     """Random MTP tensors as the family's checkpoints have them; DeepSeek's and GLM's hold copies of the target's matrices."""
     generator = torch.Generator().manual_seed(seed)
     layer, out = target.config.num_hidden_layers, {}
-    for name, shape in _published_shapes(family, layer).items():
+    shapes = {name: shape for number in range(layers) for name, shape in _published_shapes(family, layer, number).items()}
+    for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator)
         if "norm" in name:
             value = 0.4 * value + (0 if family in RECURRENT_FAMILIES else 1)  # Qwen's norms multiply by 1 + weight
         else:
             value = 0.3 * value if len(shape) == 1 else 1.5 * value * shape[-1] ** -0.5
         out[name] = value
-    if f"model.layers.{layer}.eh_proj.weight" in out:
-        out[f"model.layers.{layer}.embed_tokens.weight"] = target.get_input_embeddings().weight.detach().clone()
-        out[f"model.layers.{layer}.shared_head.head.weight"] = target.get_output_embeddings().weight.detach().clone()
+    for prefix in [name.removesuffix("eh_proj.weight") for name in out if name.endswith(".eh_proj.weight")]:
+        out[f"{prefix}embed_tokens.weight"] = target.get_input_embeddings().weight.detach().clone()
+        out[f"{prefix}shared_head.head.weight"] = target.get_output_embeddings().weight.detach().clone()
     return out
 
 

@@ -144,7 +144,7 @@ def test_in_a_hybrid_each_stage_runs_on_its_own_providers_metadata(toy: None):
     }
     engine = model.spec._engine
     planned = {}
-    for runner in (engine.target, engine.draft.runner):
+    for runner in (engine.target, *engine.draft.runners):
         for (stage, *_), program in runner._programs.items():
             planned[runner.stage, stage] = any("toy_plan" in target for target in targets(program.gm))
     assert planned == {

@@ -7,6 +7,7 @@ MiMo's against plain tensor code (mtp_reference.py).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,19 +229,36 @@ def test_eight_bit_matrices_are_multiplied_by_their_blocks_scales(tmp_path: Path
     assert not torch.equal(read["layers.0.self_attn.o_proj.weight"], plain["layers.0.self_attn.o_proj.weight"])
 
 
-def test_of_several_layers_the_first_drafts_every_step(tmp_path: Path) -> None:
-    for family, first in (("qwen2", "model.mtp_layers.0."), ("qwen3_5_text", "mtp.layers.0."), ("glm4_moe", "model.layers.2.")):
-        target = tiny_model(family)
-        target = write_checkpoint(tmp_path / family, target, published(family, target))
-        head = load_mtp_head(target)
-        second = first.replace("2.", "3.") if family == "glm4_moe" else first.replace("0.", "1.")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5_text", "glm4_moe"])
+def test_every_layer_of_several_is_read(family: str, tmp_path: Path) -> None:
+    """Each as if the checkpoint held it alone. Qwen's share all but the layer itself, and keep that once."""
+    target = tiny_model(family)
+    tensors = published(family, target, layers=3)
+    target = write_checkpoint(tmp_path / "all", target, tensors)
+    layers = load_mtp_head(target)
+    assert [type(head) for head in layers.heads] == [MtpHead] * 3
+    layer = {"qwen2": r"mtp_layers\.{}\.", "qwen3_5_text": r"mtp\.layers\.{}\.", "glm4_moe": r"model\.layers\.{}\."}[family]
+    first = 2 if family == "glm4_moe" else 0
+    for i, head in enumerate(layers.heads):
+        others = [re.compile(layer.format(first + j)) for j in range(3) if j != i]
+        alone = {name: x for name, x in tensors.items() if not any(other.search(name) for other in others)}
+        write_checkpoint(tmp_path / str(i), target, alone)
+        assert same_head(head, load_mtp_head(target, tmp_path / str(i)))
+    a, b = (head.own_tensors() for head in layers.heads[:2])
+    once = {name for name, value in a.items() if value is b[name]}
+    shared = {"eh_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight"}
+    assert once == (shared if family == "qwen3_5_text" else set())
+    assert not torch.equal(a["layers.0.self_attn.o_proj.weight"], b["layers.0.self_attn.o_proj.weight"])
 
-        def two(tensors: dict[str, Tensor], first: str = first, second: str = second) -> dict[str, Tensor]:
-            return tensors | {name.replace(first, second): 2 * x for name, x in tensors.items() if name.startswith(first)}
 
-        rewrite(tmp_path / family, two)
-        with pytest.warns(UserWarning, match="2 MTP layers for as many steps; the first drafts every step"):
-            assert same_head(head, load_mtp_head(target))
+def test_of_several_layers_the_broken_one_is_named(tmp_path: Path) -> None:
+    target = tiny_model("glm4_moe")
+    tensors = published("glm4_moe", target, layers=2)
+    target = write_checkpoint(
+        tmp_path, target, {name: x for name, x in tensors.items() if name != "model.layers.3.hnorm.weight"}
+    )
+    with pytest.raises(DraftError, match=r"MTP layer 2 of 2' was read as a mtp head, but .* missing: hnorm\.weight"):
+        load_mtp_head(target)
 
 
 def test_matrices_of_the_heads_own(tmp_path: Path) -> None:
@@ -376,7 +394,8 @@ def test_other_heads_and_models_are_not_taken_for_mtp() -> None:
         ["lm_head.weight"],
     ):
         assert find_mtp(names) is None
-    assert find_mtp(["language_model.model.layers.61.eh_proj.weight"]).prefix == "language_model.model.layers.61."
+    name = "language_model.model.layers.61.eh_proj.weight"
+    assert find_mtp([name]).modules == ({name: "eh_proj.weight"},)
 
 
 def test_targets_of_other_kinds_are_refused() -> None:

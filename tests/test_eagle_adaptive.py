@@ -98,14 +98,14 @@ def test_what_plain_rounds_put_aside_ends_with_the_request(monkeypatch: pytest.M
     prepare = Engine.prepare
 
     def watched(self: Engine, *args: object) -> None:
-        found.append((int(self.draft.pending_count.sum()), self._plain_rounds))
+        found.append((int(self.draft.pending.count.sum()), self._plain_rounds))
         prepare(self, *args)
 
     monkeypatch.setattr(Engine, "prepare", watched)
     with torch.no_grad():
         for _ in range(3):
             engine.launch(state, PLAN, chain(0))
-        assert int(engine.draft.pending_count[0]) == engine._plain_rounds == 3
+        assert int(engine.draft.pending.count[0]) == engine._plain_rounds == 3
         engine.admit(request([5], 60))
     assert found == [(0, 0)]
-    assert int(engine.draft.pending_count[0]) == engine._plain_rounds == 0
+    assert int(engine.draft.pending.count[0]) == engine._plain_rounds == 0

@@ -116,7 +116,7 @@ def check_row(engine: Engine, state: DecodeState, row: int) -> None:
     states = head.project(target_states(engine.target.model, head.taps, text[:-1]))  # [1, L, H]
     cache = DynamicCache()
     hidden = head(text[None, 1:], states, torch.arange(length)[None], past_key_values=cache)
-    check_stored(engine.draft.runner, state.page_table[row], cache, length, 1e-4)
+    check_stored(engine.draft.runners[0], state.page_table[row], cache, length, 1e-4)
     if not state.finished[row]:
         close(engine.draft.level_states[row], head.feedback(hidden)[0, -1])
         close(engine.draft.level_logits[row], head.logits(hidden)[0, -1])
@@ -193,11 +193,11 @@ def test_a_head_that_keeps_its_own_states_is_found(monkeypatch: pytest.MonkeyPat
     honest = EagleDraft.look_ahead
 
     def forgetful(self: EagleDraft, state: DecodeState, verified: Verified) -> None:
-        caches = {key: cache.clone() for key, cache in self.runner.pool.caches.items()}
+        caches = {key: cache.clone() for key, cache in self.runners[0].pool.caches.items()}
         honest(self, state, verified)
         for table, start, count in zip(state.page_table, verified.start.tolist(), verified.count.tolist(), strict=True):
             for slot in range(start, start + count - 1):  # drafted, and accepted
-                for key, cache in self.runner.pool.caches.items():
+                for key, cache in self.runners[0].pool.caches.items():
                     page = table[slot // cache.shape[1]], slot % cache.shape[1]
                     cache[page] = caches[key][page]
 
@@ -229,7 +229,7 @@ def test_a_head_that_knows_the_text_takes_the_fewest_rounds(shape: str) -> None:
         taught(engine, wanted, steps=steps, noise=0.0, ridge=1e-4)
         assert len(rounds(engine, engine.admit(wanted), GREEDY, 100)) == fewest
     state = engine.admit(wanted)
-    for cache in engine.draft.runner.pool.caches.values():
+    for cache in engine.draft.runners[0].pool.caches.values():
         cache.zero_()  # the control: without the prompt's entries it gets lost
     assert len(rounds(engine, state, GREEDY, 100)) > fewest
 

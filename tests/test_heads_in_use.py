@@ -53,7 +53,7 @@ def test_pools_that_grow_and_shrink_between_requests(model: PreTrainedModel, ref
         check(model, reference, rows, prompt)
     before = model.spec._engine.target.pool.capacity
     model.spec._engine.reserve(1, 2 * before)
-    assert model.spec._engine.target.pool.capacity == model.spec._engine.draft.runner.pool.capacity == 2 * before
+    assert model.spec._engine.target.pool.capacity == model.spec._engine.draft.runners[0].pool.capacity == 2 * before
     check(model, reference, 3)
 
 
@@ -134,7 +134,9 @@ def test_remove_frees_the_head_and_its_pool(kind: str, reference: PreTrainedMode
     model = compiled(kind)
     check(model, reference, 1)
     engine = model.spec._engine
-    left = [weakref.ref(x) for x in (engine, engine.draft, engine.draft.runner, engine.draft.runner.pool, engine.draft.head)]
+    left = [
+        weakref.ref(x) for x in (engine, engine.draft, engine.draft.runners[0], engine.draft.runners[0].pool, engine.draft.head)
+    ]
     head_hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
     del engine
     model.spec.remove()

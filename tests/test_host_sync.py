@@ -24,10 +24,13 @@ from spec_compile.drafts.base import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.drafts.causal_lm import CausalLMDraft
 from spec_compile.drafts.dflash import DFlashDraft
 from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.drafts.ngram import NgramDraft
+from spec_compile.drafts.pending import PendingStates
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.dflash import random_dflash_head
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.mtp import random_mtp_layers
 from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -70,7 +73,7 @@ class NothingIsUploaded(TorchFunctionMode):
 class FakeRounds:
     """A target with the drafts that have a model, captured once, weights, caches and states replaced by fakes on ``DEVICE``.
 
-    One of the target's layers is recurrent, the other has attention.
+    One of the target's layers is recurrent, the other has attention. MTP layers have a smaller target.
     """
 
     def __init__(self) -> None:
@@ -99,15 +102,26 @@ class FakeRounds:
             eagle = self.drafts[kind] = EagleDraft(heads, head, shape, 96)
             eagle.reserve(ROWS, CAPACITY)
             eagle.prepare(ROWS, SamplingPlan(), shape)
-            for name in ("level_logits", "level_states", "pending", "pending_count"):
-                setattr(eagle, name, self._fake(getattr(eagle, name)))
+            self._fake_buffers(eagle)
         heads.extend_program(ROWS, MOST_PENDING)
+        small = tiny_model("llama", num_hidden_layers=1)
+        layers = random_mtp_layers(small, NUM_STEPS).heads
+        in_turn = [self._runner(layer, "draft", HeadRunner) for layer in layers]
+        self.small = self._runner(small, "verify", taps=layers[0].taps)
+        mtp = self.drafts["mtp layers"] = MtpLayersDraft(tuple(in_turn), chain(NUM_STEPS), 96)
+        mtp.reserve(ROWS, CAPACITY)
+        mtp.prepare(ROWS, SamplingPlan(), mtp.shape)
+        self._fake_buffers(mtp)
+        for runner in in_turn:
+            runner.extend_program(ROWS, NUM_STEPS - 1 + MOST_PENDING, all_states=True)
+        for argmax, num_tokens in ((True, 1), (True, NUM_STEPS + 1), (False, NUM_STEPS + 1)):
+            self.small.window_program(ROWS, num_tokens, argmax=argmax)
         dflash = self.drafts["dflash"] = DFlashDraft(blocks, block_head, chain(NUM_STEPS), 96)
         blocks.drop_pool()  # the draft makes its buffers with it
         dflash.reserve(ROWS, CAPACITY)
         dflash.prepare(ROWS, SamplingPlan(), dflash.shape)
         dflash.block_mask = self._fake(dflash.block_mask)
-        for runner in (self.target, self.tapped, draft, heads, blocks):
+        for runner in (self.target, self.tapped, self.small, draft, heads, blocks, *in_turn):
             self._to_device(runner)
         head.draft_ids = self._fake(head.draft_ids)
 
@@ -118,6 +132,17 @@ class FakeRounds:
         )
         runner.reserve(ROWS, CAPACITY, TREE.num_draft_tokens)
         return runner
+
+    def _fake_buffers(self, draft: EagleDraft | MtpLayersDraft) -> None:
+        for name, value in vars(draft).items():
+            if isinstance(value, Tensor):
+                setattr(draft, name, self._fake(value))
+        draft.pending = PendingStates(self._fake(draft.pending.states), self._fake(draft.pending.count))
+
+    def _target(self, draft: Draft | None) -> ModelRunner:
+        """The target that puts out what ``draft`` reads."""
+        taps = () if draft is None else draft.taps
+        return next(runner for runner in (self.target, self.tapped, self.small) if runner.taps == taps)
 
     def _to_device(self, runner: ModelRunner) -> None:
         for program in runner._programs.values():
@@ -140,12 +165,13 @@ class FakeRounds:
     def run(self, draft: Draft | str | None, plan: SamplingPlan, *, simulate: bool = False) -> DecodeState:
         """One round over a fake state; returns it. ``draft``: one of ``drafts`` by name, or any other."""
         draft = self.drafts[draft] if isinstance(draft, str) else draft
-        target = self.tapped if draft is not None and draft.taps else self.target
         with torch.no_grad(), self.mode:
             rates = torch.empty(ROWS, NUM_STEPS, device=DEVICE) if simulate else None
             state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE)
             with NothingCrosses(), NothingIsUploaded():
-                run_round(target, draft, state, plan, chain(0) if draft is None else draft.shape, simulated_rates=rates)
+                run_round(
+                    self._target(draft), draft, state, plan, chain(0) if draft is None else draft.shape, simulated_rates=rates
+                )
         return state
 
 
@@ -181,25 +207,26 @@ ON_DEVICE = f"fake {DEVICE.type}"
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=[f"{ON_DEVICE}, {name}" for name in PLANS])
-@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm", "eagle chain", "eagle tree", "dflash"])
+@pytest.mark.parametrize("kind", ["none", "ngram", "causal_lm", "eagle chain", "eagle tree", "dflash", "mtp layers"])
 def test_a_round_never_waits_for_the_device(rounds: FakeRounds, kind: str, plan: SamplingPlan):
     state = rounds.run(kind, plan)
     assert state.out.device.type == DEVICE.type and state.cache_len.device.type == DEVICE.type
 
 
 @pytest.mark.parametrize("plan", [PLANS["greedy"], PLANS["sampling"]], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("kind", ["causal_lm", "eagle chain", "eagle tree", "dflash"])
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle chain", "eagle tree", "dflash", "mtp layers"])
 def test_simulated_acceptance_neither(rounds: FakeRounds, kind: str, plan: SamplingPlan):
     rounds.run(kind, plan, simulate=True)
 
 
-def test_a_plain_round_and_catching_up_neither(rounds: FakeRounds):
-    eagle = rounds.drafts["eagle chain"]
+@pytest.mark.parametrize("kind", ["eagle chain", "mtp layers"])
+def test_a_plain_round_and_catching_up_neither(rounds: FakeRounds, kind: str):
+    draft = rounds.drafts[kind]
     with torch.no_grad(), rounds.mode:
         state = new_state(ROWS, CAPACITY, 1, NUM_STEPS, DEVICE)
         with NothingCrosses(), NothingIsUploaded():
-            run_round(rounds.tapped, eagle, state, PLANS["greedy"], chain(0))
-            eagle.catch_up(state)
+            run_round(rounds._target(draft), draft, state, PLANS["greedy"], chain(0))
+            draft.catch_up(state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def test_a_draft_models_cache_is_narrow_too():
     spec_compile(model, draft=draft, compile="none", kv_cache_dtype="fp8_e4m3", num_steps=3)
     plain, _ = generate("llama", "fp8_e4m3", None, left_padded(2, 9))
     assert torch.equal(model.generate(**left_padded(2, 9), max_new_tokens=24, do_sample=False), plain)
-    runner = model.spec._engine.draft.runner
+    runner = model.spec._engine.draft.runners[0]
     assert {cache.dtype for cache in runner.pool.caches.values()} == {FP8}
     assert model.spec.stats().accept_length > 3.5, "a draft that is the target, over the same kind of cache, is right"
 

@@ -70,4 +70,4 @@ def test_a_draft_without_memory_takes_the_targets_pool_with_it(limited):
     limited["calls"] = 1 << 62
     assert torch.equal(text(model, 1), text(reference, 1))
     engine = model.spec._engine
-    assert engine.target.pool.rows == engine.draft.runner.pool.rows == 1
+    assert engine.target.pool.rows == engine.draft.runners[0].pool.rows == 1

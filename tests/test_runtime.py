@@ -123,7 +123,7 @@ def check_both_caches(engine: Engine, state: DecodeState) -> None:
         length = int(state.cache_len[row])
         check_caches(engine.target, state, row, length)
         if length > 1:  # a draft's last slot is written by the next round
-            check_caches(engine.draft.runner, state, row, length - 1)
+            check_caches(engine.draft.runners[0], state, row, length - 1)
 
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
@@ -238,7 +238,7 @@ def test_a_broken_draft_cache_costs_rounds_and_nothing_else():
     for broken in (False, True):
         state = engine.admit(wanted)
         if broken:
-            for cache in engine.draft.runner.pool.caches.values():
+            for cache in engine.draft.runners[0].pool.caches.values():
                 cache[:, :15] = 0
         counts.append(rounds_to_the_end(engine, state, GREEDY))
         texts.append(text(state, 0))
@@ -250,7 +250,7 @@ def test_a_broken_draft_cache_costs_rounds_and_nothing_else():
 
 
 def built(engine: Engine) -> dict[str, object]:
-    runners = [engine.target, *([engine.draft.runner] if engine.draft.kind == "causal_lm" else [])]
+    runners = [engine.target, *(engine.draft.runners if engine.draft.kind == "causal_lm" else ())]
     return {
         "dynamo graphs": counters["stats"]["unique_graphs"],
         "programs": [len(r._programs) for r in runners],

@@ -14,6 +14,7 @@ from spec_compile.drafts.base import Draft
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead, check_fits
+from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -24,7 +25,7 @@ _MOST_SLOTS = 64  # of a window, see SpecConfig.num_draft_tokens
 
 
 def make_draft(
-    draft: str | PreTrainedModel | None,
+    draft: str | PreTrainedModel | MtpLayers | None,
     target: PreTrainedModel,
     config: SpecConfig,
     make_runner: Callable[[PreTrainedModel], ModelRunner],
@@ -33,8 +34,8 @@ def make_draft(
     """The draft a user named.
 
     Args:
-        draft: ``"ngram"``, ``"mtp"`` (the head in the target's own checkpoint), a draft head (EAGLE, DFlash, MTP), a causal LM,
-            the path or hub id of one, or None for no speculation.
+        draft: ``"ngram"``, ``"mtp"`` (the head in the target's own checkpoint), a draft head (EAGLE, DFlash, MTP, or several
+            MTP layers), a causal LM, the path or hub id of one, or None for no speculation.
         make_runner, make_head_runner: build the runner of a draft model, of a head.
 
     Raises:
@@ -56,15 +57,15 @@ def make_draft(
         draft = load_mtp_head(target)
     if isinstance(draft, str | os.PathLike):
         draft = _load(os.fspath(draft), target)
+    if isinstance(draft, MtpLayers):
+        return _mtp_layers(draft, target, config, make_head_runner)
     if not isinstance(draft, PreTrainedModel):
         raise DraftError(
             f"draft={type(draft).__name__} object: pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or "
             "hub id of one, or None."
         )
     refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
-    embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
-    if embedding.device != wanted.device:
-        raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
+    _check_device(draft, target)
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
         _check_head(draft, target)
@@ -72,6 +73,40 @@ def make_draft(
             return DFlashDraft(make_head_runner(draft), draft, _block_shape(config, draft), vocab_size)
         return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
     return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
+
+
+def _mtp_layers(
+    draft: MtpLayers, target: PreTrainedModel, config: SpecConfig, make_head_runner: Callable[[DraftHead], HeadRunner]
+) -> Draft:
+    """The first ``num_steps`` of several heads, in turn. One of them alone is a head as any other."""
+    from spec_compile.drafts.eagle import EagleDraft
+    from spec_compile.drafts.mtp_layers import MtpLayersDraft
+
+    vocab_size, steps = target.config.get_text_config(decoder=True).vocab_size, config.num_steps or len(draft.heads)
+    if steps > len(draft.heads):
+        raise DraftError(
+            f"num_steps={steps}: this draft has {len(draft.heads)} MTP layers, one a step. Leave num_steps out, or let its "
+            "first layer draft every step: draft=spec_compile.hf_integration.mtp_checkpoint.load_mtp_head(model).heads[0]."
+        )
+    if config.topk > 1 and steps > 1:
+        raise DraftError(
+            f"topk={config.topk}: MTP layers that draft in turn draft chains only, because the entries of a later layer differ "
+            "between the branches of a tree. Leave topk out, or draft with an EAGLE head or an MTP head of one layer."
+        )
+    heads = draft.heads[:steps]
+    for head in heads:
+        _check_device(head, target)
+        _check_head(head, target)
+    shape = config.round_shape(steps)
+    if steps == 1:
+        return EagleDraft(make_head_runner(heads[0]), heads[0], shape, vocab_size)
+    return MtpLayersDraft(tuple(make_head_runner(head) for head in heads), shape, vocab_size)
+
+
+def _check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    embedding, wanted = draft.get_input_embeddings().weight, target.get_input_embeddings().weight
+    if embedding.device != wanted.device:
+        raise DraftError(f"the draft is on {embedding.device}, the target on {wanted.device}; use draft.to('{wanted.device}').")
 
 
 def _check_head(head: DraftHead, target: PreTrainedModel) -> None:
@@ -114,7 +149,7 @@ def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape
     return config.round_shape(default_steps)
 
 
-def _load(name: str, target: PreTrainedModel) -> PreTrainedModel:
+def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
     if not os.path.isdir(name):
         if os.path.isabs(name) or name.startswith((".", "~")):
             raise DraftError(f"draft={name!r}: there is no such directory.")

@@ -86,7 +86,7 @@ class Draft(Protocol):
         kind: ``"ngram"``, ``"causal_lm"``, ``"eagle3"``, … for reports.
         shape: the rounds it was asked for.
         taps: hidden states of the target it reads, numbered as in ``capture_window``.
-        runner: what runs its model; None without one.
+        runners: what runs its models, one each; empty without one.
         reach: slots behind a row's newest token that it may write.
         catches_up: rounds may leave it out: it is told of their tokens later, by ``catch_up(state)``.
     """
@@ -94,7 +94,7 @@ class Draft(Protocol):
     kind: str
     shape: RoundShape
     taps: tuple[int, ...]
-    runner: ModelRunner | None
+    runners: tuple[ModelRunner, ...]
     reach: int
     catches_up: bool
 
@@ -107,13 +107,16 @@ class Draft(Protocol):
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         """Build whatever rounds of ``shape`` need for ``rows`` rows, before capture."""
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor | None, max_tokens: int) -> None:
+    def prefill(
+        self, prompts: list[Tensor], page_table: Tensor, states: Tensor | None, max_tokens: int, first_row: int
+    ) -> None:
         """See some rows' prompts; runs once a request, outside the round.
 
         Args:
             page_table: int32 [rows, M], of these rows.
             states: [T, n * Ht], the tapped states of the packed prompts.
             max_tokens: process at most this many tokens at once.
+            first_row: the state's row of the first prompt; the others follow.
         """
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:

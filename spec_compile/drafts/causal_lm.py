@@ -33,7 +33,8 @@ class CausalLMDraft:
     catches_up = False
 
     def __init__(self, runner: ModelRunner, shape: RoundShape, vocab_size: int) -> None:
-        self.runner, self.shape, self.vocab_size, self.reach = runner, shape, vocab_size, shape.num_steps
+        self._runner, self.runners = runner, (runner,)
+        self.shape, self.vocab_size, self.reach = shape, vocab_size, shape.num_steps
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
         if runner.recurrent:
             raise DraftError(
@@ -53,23 +54,23 @@ class CausalLMDraft:
         return not plan.do_sample and self.draft_vocab_size <= self.vocab_size
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        return self.runner.reserve(rows, capacity)
+        return self._runner.reserve(rows, capacity)
 
     def forget(self) -> None:
         pass
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self.runner.prefill_program(argmax=True)
+        self._runner.prefill_program(argmax=True)
         for num_tokens in (2, 1):
             self._program(rows, num_tokens, plan)
 
     def _program(self, rows: int, num_tokens: int, plan: SamplingPlan) -> StageProgram:
         stage = "draft" if num_tokens == 1 else "draft_extend"
-        return self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
+        return self._runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int) -> None:
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int, first_row: int) -> None:
         known = [p.clamp(max=self.draft_vocab_size - 1) for p in prompts]
-        self.runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
+        self._runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows = state.cache_len.shape[0]

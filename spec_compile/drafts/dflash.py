@@ -30,35 +30,36 @@ class DFlashDraft:
     catches_up = False
 
     def __init__(self, runner: DFlashRunner, head: DFlashHead, shape: RoundShape, vocab_size: int) -> None:
-        self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
+        self._runner, self.runners = runner, (runner,)
+        self.head, self.shape, self.vocab_size = head, shape, vocab_size
         self.kind, self.taps, self.reach = head.kind, head.taps, head.block_size
         self.block_mask = torch.empty(0)
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        moved = self.runner.reserve(rows, capacity)
+        moved = self._runner.reserve(rows, capacity)
         if moved:
             slots = self.head.block_size
             words = [(1 << min(slots - first, 32)) - 1 for first in range(0, slots, 32)]
-            words = torch.tensor(words, device=self.runner.device).to(torch.int32)  # bit 31 is the sign
-            self.block_mask = words.repeat(self.runner.pool.rows, slots, 1)
+            words = torch.tensor(words, device=self._runner.device).to(torch.int32)  # bit 31 is the sign
+            self.block_mask = words.repeat(self._runner.pool.rows, slots, 1)
         return moved
 
     def forget(self) -> None:
         pass
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self.runner.prefill_program(argmax=False)
-        self.runner.extend_program(rows, shape.num_steps + 1)
-        self.runner.block_program(rows, shape.num_steps)
+        self._runner.prefill_program(argmax=False)
+        self._runner.extend_program(rows, shape.num_steps + 1)
+        self._runner.block_program(rows, shape.num_steps)
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
-        self.runner.fill(prompts, page_table, states)  # the target's groups are this large at most
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
+        self._runner.fill(prompts, page_table, states)  # the target's groups are this large at most
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries; what is written behind them is not attended to before it is overwritten."""
         rows, num_tokens = verified.states.shape[:2]
         offsets = torch.arange(num_tokens, device=verified.start.device)
-        self.runner.extend_program(rows, num_tokens)(
+        self._runner.extend_program(rows, num_tokens)(
             hidden_states=verified.states,
             position_ids=verified.start[:, None] + offsets,
             page_table=state.page_table,
@@ -68,7 +69,7 @@ class DFlashDraft:
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows, head = state.cache_len.shape[0], self.head
         offsets = torch.arange(head.block_size, device=state.cache_len.device)
-        (logits,) = self.runner.block_program(rows, shape.num_steps)(
+        (logits,) = self._runner.block_program(rows, shape.num_steps)(
             input_ids=head.block(inputs.root[:, 0]),
             position_ids=state.cache_len[:, None] + offsets,
             tree_mask=self.block_mask[:rows],

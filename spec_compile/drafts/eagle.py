@@ -15,6 +15,7 @@ from torch import Tensor
 from spec_compile.config import RoundShape
 from spec_compile.drafts.base import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
 from spec_compile.drafts.choose import choose_tokens
+from spec_compile.drafts.pending import new_pending, no_pending
 from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
@@ -35,8 +36,7 @@ class EagleDraft:
     Attributes:
         level_logits: [R, Vd], of each row's newest entry.
         level_states: [R, H], what the head hands on there.
-        pending: [R, MOST_PENDING, n * Ht], target states of tokens that plain rounds emitted, for ``catch_up``.
-        pending_count: int32 [R], how many of them count.
+        pending: what plain rounds put aside for ``catch_up``.
     """
 
     catches_up = True
@@ -45,38 +45,39 @@ class EagleDraft:
         choices = vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
         if shape.topk > choices:
             raise ConfigError(f"topk={shape.topk}: the draft head has a vocabulary of {choices} tokens.")
-        self.runner, self.head, self.shape, self.vocab_size = runner, head, shape, vocab_size
+        self._runner, self.runners = runner, (runner,)
+        self.head, self.shape, self.vocab_size = head, shape, vocab_size
         self.kind, self.taps = head.kind, head.taps
         self.reach = max(shape.num_steps * shape.topk, MOST_PENDING)
-        self.level_logits = self.level_states = self.pending = self.pending_count = torch.empty(0)
+        self.level_logits = self.level_states = torch.empty(0)
+        self.pending = no_pending()
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        moved = self.runner.reserve(rows, capacity)
+        moved = self._runner.reserve(rows, capacity)
         if moved or self.level_logits.shape[0] < rows:
-            head, device = self.head, self.runner.device
+            head, device = self.head, self._runner.device
             vocab_size = self.vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
-            rows = self.runner.pool.rows
+            rows = self._runner.pool.rows
             self.level_logits = torch.zeros(rows, vocab_size, dtype=head.dtype, device=device)
             self.level_states = torch.zeros(rows, head.config.hidden_size, dtype=head.dtype, device=device)
-            self.pending = torch.zeros(rows, MOST_PENDING, head.target_width, dtype=head.dtype, device=device)
-            self.pending_count = torch.zeros(rows, dtype=torch.int32, device=device)
+            self.pending = new_pending(rows, head.target_width, head.dtype, device)
             moved = True
         return moved
 
     def forget(self) -> None:
-        self.pending_count.zero_()  # a head that caught up with them over a cleared state would read behind its bounds
+        self.pending.forget()
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self.runner.prefill_program(argmax=False)
-        self.runner.extend_program(rows, shape.num_steps + 1)
+        self._runner.prefill_program(argmax=False)
+        self._runner.extend_program(rows, shape.num_steps + 1)
         if shape.num_steps > 1:
             self._step_program(rows, shape)
 
     def _step_program(self, rows: int, shape: RoundShape):
-        return self.runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
+        return self._runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
-        self.runner.fill(prompts, page_table, states, max_tokens)
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
+        self._runner.fill(prompts, page_table, states, max_tokens)
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts.
@@ -85,19 +86,12 @@ class EagleDraft:
         """
         if verified.states.shape[1] > 1:
             self._extend(state, verified)
-            return
-        rows = verified.count.shape[0]
-        count = self.pending_count[:rows]
-        index = count.clamp(max=MOST_PENDING - 1).long()[:, None, None].expand(-1, -1, verified.states.shape[2])
-        self.pending[:rows].scatter_(1, index, verified.states)
-        count.add_(verified.count)
+        else:
+            self.pending.put_aside(verified)
 
     def catch_up(self, state: DecodeState) -> None:
         """Extend by all that plain rounds put aside."""
-        rows = state.cache_len.shape[0]
-        count = self.pending_count[:rows]
-        self._extend(state, Verified(state.cache_len - count, count, self.pending[:rows]))
-        count.zero_()
+        self._extend(state, self.pending.take(state))
 
     def _extend(self, state: DecodeState, verified: Verified) -> None:
         rows, num_tokens = verified.states.shape[:2]
@@ -113,7 +107,7 @@ class EagleDraft:
         }
         if num_tokens > 1:
             inputs["slots"] = newest
-        logits, states = self.runner.extend_program(rows, num_tokens)(**inputs)
+        logits, states = self._runner.extend_program(rows, num_tokens)(**inputs)
         self.level_logits[:rows].copy_(logits[:, 0])
         self.level_states[:rows].copy_(states[:, 0])
 

@@ -23,7 +23,7 @@ class NgramDraft:
     kind = "ngram"
 
     taps = ()
-    runner = None
+    runners = ()
     reach = 0
     catches_up = False
 
@@ -39,7 +39,7 @@ class NgramDraft:
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         pass
 
-    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int) -> None:
+    def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int, first_row: int) -> None:
         pass  # the state's token history is all it reads
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:

@@ -165,8 +165,7 @@ class Engine:
             runner.drop_pool()
 
     def _runners(self) -> list[ModelRunner]:
-        runners = [self.target, None if self.draft is None else self.draft.runner]
-        return [runner for runner in runners if runner is not None]
+        return [self.target, *(() if self.draft is None else self.draft.runners)]
 
     def _simulated_rates(self, rows: int) -> Tensor | None:
         rates = self.config.simulated_rates(self.shape.num_steps)
@@ -320,13 +319,13 @@ class Engine:
         draft, most = self.draft, self.config.max_prefill_tokens
 
         def see(first: int, group: list[Tensor], states: Tensor) -> None:
-            draft.prefill(group, live.page_table[first : first + len(group)], states, most)
+            draft.prefill(group, live.page_table[first : first + len(group)], states, most, first)
 
         result, states = self.target.prefill(
             request.prompts, live.page_table, argmax=argmax, max_tokens=most, on_group=see if self.target.taps else None
         )
         if draft is not None and not self.target.taps:
-            draft.prefill(request.prompts, live.page_table, None, most)
+            draft.prefill(request.prompts, live.page_table, None, most, 0)
         return result, states
 
     def window_states(self, states: Tensor | None, state: DecodeState) -> Tensor | None:

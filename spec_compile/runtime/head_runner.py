@@ -26,9 +26,13 @@ class HeadRunner(ModelRunner):
             self._prefill_compiler,
         )
 
-    def extend_program(self, batch: int, num_tokens: int) -> StageProgram:
-        """Committed tokens and target states of them -> logits [batch, 1, Vd] and states [batch, 1, H] of slot ``slots``."""
-        return self._head_program("draft_extend", batch, num_tokens, 1, tree=False)
+    def extend_program(self, batch: int, num_tokens: int, *, all_states: bool = False) -> StageProgram:
+        """Committed tokens and target states of them -> logits [batch, 1, Vd] and states [batch, 1, H] of slot ``slots``.
+
+        Args:
+            all_states: put out every slot's state [batch, num_tokens, H], for a head that reads them in turn.
+        """
+        return self._head_program("draft_extend", batch, num_tokens, 1, all_states=all_states)
 
     def step_program(self, batch: int, num_tokens: int, num_rows: int) -> StageProgram:
         """Drafted tokens and their parents' own states -> logits [batch, num_rows, Vd] and states [batch, num_rows, H].
@@ -37,17 +41,19 @@ class HeadRunner(ModelRunner):
         """
         return self._head_program("draft", batch, num_tokens, num_rows, tree=num_tokens > 1)
 
-    def _head_program(self, stage: str, batch: int, num_tokens: int, num_rows: int, *, tree: bool) -> StageProgram:
+    def _head_program(
+        self, stage: str, batch: int, num_tokens: int, num_rows: int, *, tree: bool = False, all_states: bool = False
+    ) -> StageProgram:
         return self._program(
             f"{stage}, {batch} rows × {num_tokens} tokens{', tree' if tree else ''}",
-            (stage, batch, num_tokens, num_rows),
+            (stage, batch, num_tokens, num_rows, all_states),
             (),
-            lambda: capture_head_window(self.model, batch, num_tokens, num_rows, stage),
+            lambda: capture_head_window(self.model, batch, num_tokens, num_rows, stage, all_states),
             lambda graph: prepare_head(graph, num_outputs=2, tree=tree),
             self.compiler,
         )
 
-    def fill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> None:
+    def fill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> list[Tensor]:
         """Fill the cache with all of each prompt that is known: entries 0 to len - 2.
 
         Args:
@@ -55,6 +61,9 @@ class HeadRunner(ModelRunner):
             page_table: int32 [len(prompts), M].
             states: [T, n * Ht], the target's states of the packed prompts.
             max_tokens: process at most this many tokens at once (one prompt at least).
+
+        Returns:
+            The head's states [T, H] of these entries, packed, in one tensor or several.
         """
         first_token = 0
         tokens, kept, rows = [], [], []
@@ -65,10 +74,11 @@ class HeadRunner(ModelRunner):
                 rows.append(row)
             first_token += len(prompt)
         program = self.prefill_program(argmax=False)
+        filled = []
         for first, group in groups(tokens, max_tokens) if tokens else ():
             packed = pack(group, self.device)
             index = torch.tensor(rows[first : first + len(group)], device="cpu").to(self.device)
-            program(
+            (hidden,) = program(
                 input_ids=torch.cat(group)[None].to(self.device),
                 position_ids=packed.position_ids,
                 hidden_states=torch.cat(kept[first : first + len(group)])[None],
@@ -76,3 +86,5 @@ class HeadRunner(ModelRunner):
                 cu_seqlens=packed.cu_seqlens,
                 num_tokens=packed.num_tokens,
             )
+            filled.append(hidden[0])
+        return filled

@@ -151,7 +151,7 @@ def test_nothing_is_built_after_warm_up(shape: str) -> None:
     engine = model.spec._engine
 
     def built() -> tuple:
-        runners = engine.target, engine.draft.runner
+        runners = engine.target, engine.draft.runners[0]
         return (
             set(engine.graphs.rounds),
             [set(runner._programs) for runner in runners],

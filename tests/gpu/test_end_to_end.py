@@ -70,7 +70,7 @@ def test_compiled_with_a_draft_model() -> None:
     first = on_gpu(left_padded(3, 11))
     model.generate(**first, max_new_tokens=8, do_sample=False)
     engine = model.spec._engine
-    programs = dict(engine.target._programs), dict(engine.draft.runner._programs), dict(engine.compiler.artifacts)
+    programs = dict(engine.target._programs), dict(engine.draft.runners[0]._programs), dict(engine.compiler.artifacts)
     graphs = set(engine.graphs.rounds)
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     rounds = 0
@@ -82,7 +82,7 @@ def test_compiled_with_a_draft_model() -> None:
         assert model.spec.stats().accept_length > 1
     assert rounds >= 50
     assert set(engine.graphs.rounds) == graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
-    assert programs == (engine.target._programs, engine.draft.runner._programs, engine.compiler.artifacts)
+    assert programs == (engine.target._programs, engine.draft.runners[0]._programs, engine.compiler.artifacts)
     sampled = model.generate(**first, max_new_tokens=20, do_sample=True, top_k=20, top_p=0.9, temperature=0.8)
     assert sampled.shape == (3, 31) and int(sampled.max()) < 96
     assert all(nbytes < 2**30 for _, nbytes in model.spec.stats().graphs)
