@@ -42,8 +42,8 @@ def spec_compile(
     Args:
         model: a causal language model on a CPU or CUDA device, in eval mode for generation.
         draft: ``"ngram"``; ``"mtp"``, the multi-token-prediction head in the checkpoint that ``model`` was loaded from; a draft
-            head (EAGLE, DFlash, MTP) or a smaller causal LM with the same tokenizer (object, path or hub id); or None for
-            compiled decoding without speculation.
+            head (EAGLE, DFlash, MTP, ``MtpLayers``) or a smaller causal LM with the same tokenizer (object, path or hub id); or
+            None for compiled decoding without speculation.
         backend: attention kernels: ``"auto"`` (by hardware and need), ``"tune"`` (the fastest, timed once on this device and
             remembered), a provider's name, or a dict of these by stage (``"prefill"``, ``"verify"``, ``"draft"``,
             ``"draft_extend"``): ``{"prefill": "flashinfer", "verify": "fa4"}``. A stage the dict leaves out is automatic.

@@ -51,7 +51,8 @@ class SpecConfig:
     """Options of ``spec_compile``; every field can also be given to it by keyword.
 
     Attributes:
-        num_steps: tokens drafted one behind another in a round. None takes the draft's default (n-gram 7, others 5).
+        num_steps: tokens drafted one behind another in a round. None takes the draft's default (n-gram 7, others 5, of
+            several MTP layers one each).
         topk: children a drafted token may have (EAGLE); 1 drafts a chain, more a tree.
         num_draft_tokens: tokens verified a round, the root included. None: ``num_steps + 1`` for a chain, for a tree
             the smaller of 8 × topk and 64 (names and meaning as in SGLang: 3/1/4, 5/4/8, 6/10/32, 5/8/64, …).
