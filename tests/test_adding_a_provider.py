@@ -51,11 +51,9 @@ def generated(model: PreTrainedModel) -> Tensor:
 def who_runs(model: PreTrainedModel) -> dict[str, set[str]]:
     """Providers by graph name, the draft's graphs too."""
     engine = model.spec._engine
-    runners = [engine.target, getattr(engine.draft, "runner", None)]
     return {
         f"{runner.stage}: {name}": {choice.provider for choice in choices}
-        for runner in runners
-        if runner is not None
+        for runner in (engine.target, *engine.draft.runners)
         for name, choices in runner.choices.items()
     }
 

@@ -148,8 +148,7 @@ def values(state: DecodeState) -> dict[str, Tensor]:
 
 def pools(engine: Engine) -> dict[tuple, Tensor]:
     """Every cache's pages but nobody's."""
-    runners = {"target": engine.target, "draft": getattr(engine.draft, "runner", None)}
-    caches = {(role, *key): c for role, r in runners.items() if r is not None for key, c in r.pool.caches.items()}
+    caches = {(number, *key): c for number, r in enumerate(engine._runners()) for key, c in r.pool.caches.items()}
     return {key: cache[1:].clone() for key, cache in caches.items()}
 
 
