@@ -249,7 +249,7 @@ def test_a_broken_draft_cache_costs_rounds_and_nothing_else():
 
 
 def built(engine: Engine) -> dict[str, object]:
-    runners = [engine.target, *(engine.draft.runners if engine.draft.kind == "causal_lm" else ())]
+    runners = engine._runners()
     return {
         "dynamo graphs": counters["stats"]["unique_graphs"],
         "programs": [len(r._programs) for r in runners],
