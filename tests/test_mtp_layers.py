@@ -109,8 +109,8 @@ def test_drafts_are_those_of_transformers(family: str, layers: int, tmp_path: Pa
     # Which tensors are the head's it takes from the family's large models: layer 61 of DeepSeek-V3, 46 and 92 of GLM-4.5.
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{2 + i}\." for i in range(layers)]
     mtp = MtpModel.from_pretrained(model)
-    options = {"compile": "none", "simulate_accept_rates": (0.8, 0.7, 0.6)[:layers]}
-    spec_compile(model, draft="mtp", **options)
+    # The prompts' rows are prefilled in two groups.
+    spec_compile(model, draft="mtp", compile="none", max_prefill_tokens=8, simulate_accept_rates=(0.8, 0.7, 0.6)[:layers])
     assert len(model.spec._engine.draft.runners) == layers == model.spec._engine.shape.num_steps
     with recorded() as seen:
         model.generate(**ragged(3), max_new_tokens=16, do_sample=False)
