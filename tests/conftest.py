@@ -20,6 +20,12 @@ from spec_compile.runtime.engine import Engine
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin: none of them may keep the other processes waiting at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _trace_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
