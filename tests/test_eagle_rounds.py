@@ -155,7 +155,7 @@ def check_to_the_end(engine: Engine) -> None:
             break
         counts += rounds(engine, state, GREEDY, 4)
     seen = {n for count in counts for n in count[:3]}
-    assert {0, 1} <= seen and max(seen) > 1, f"rows must finish apart and drafts be accepted in part: {counts}"
+    assert 0 in seen and len(seen) > 2, f"rows must finish apart and drafts be accepted in part: {counts}"
 
 
 @pytest.mark.parametrize("shape", ["3/1/4", "4/3/12"])
