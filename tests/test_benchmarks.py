@@ -407,8 +407,8 @@ def test_bench_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["status"] == "ok" and row["chosen"] == ["torch"] and 0 < row["segments_ms"] < row["ms"]
         assert by["triton", step]["status"] == "refused" and "CUDA" in by["triton", step]["reason"]
     assert "RANDOM WEIGHTS" in printed and "| 2x4@40 | torch | torch |" in printed
-    shown = run_script("benchmarks/bench_step.py", "--show", str(out))
-    assert shown.returncode == 0 and shown.stdout.strip() in printed
+    bench_step.main(["--show", str(out)])
+    assert capsys.readouterr().out.strip() in printed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,21 +543,22 @@ def test_bench_round_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [verify] = [part for part in rows["none"]["parts"] if part["part"] == "verify"]
     least = floors.weight_bytes_read(tiny) + 2 * 24 * floors.kv_bytes_per_token(tiny)
     assert least <= verify["bytes"] <= 1.01 * least
-    joined = run_script("benchmarks/bench_round.py", "--merge", str(out), str(out))
-    assert joined.returncode == 0 and "Parts of a round, 5/4/8 x2 @24" in joined.stdout
+    capsys.readouterr()
+    bench_round.main(["--merge", str(out), str(out)])
+    assert "Parts of a round, 5/4/8 x2 @24" in capsys.readouterr().out
 
 
-def test_rounds_of_a_recurrent_target_end_to_end(tmp_path: Path) -> None:
+def test_rounds_of_a_recurrent_target_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With its MTP head: the states it reads and writes are in the bytes."""
     out = tmp_path / "hybrid.json"
     sizes = ["--contexts", "24", "--batches", "2", "--json", str(out)]
-    command = ["benchmarks/bench_round.py", "--shape", "tiny-hybrid", "--device", "cpu", "--compile", "none", *sizes]
-    rounds = ["--shapes", "none", "3/1/4", "--rounds", "6", "--passes", "1", "--parts", "all"]
-    done = run_script(*command, *rounds)
-    assert done.returncode == 0, done.stderr
+    command = ["--shape", "tiny-hybrid", "--device", "cpu", "--compile", "none", *sizes]
+    bench_round.main([*command, "--shapes", "none", "3/1/4", "--rounds", "6", "--passes", "1", "--parts", "all"])
+    printed = capsys.readouterr().out
     rows = {row["rounds"]: row for row in json.loads(out.read_text())["rows"]}
-    assert {row["status"] for row in rows.values()} == {"ok"}, done.stdout
-    assert "MTP-shaped head" in run_script("benchmarks/bench_round.py", "--show", str(out)).stdout
+    assert {row["status"] for row in rows.values()} == {"ok"}, printed
+    bench_round.main(["--show", str(out)])
+    assert capsys.readouterr().out == printed and "MTP-shaped head" in printed
     parts = {part["part"]: part for part in rows["3/1/4"]["parts"]}
     assert parts["draft"]["calls"] == 2 and parts["gdn_commit"]["calls"] == 1
     hybrid = shapes.build_random("tiny-hybrid", torch.float32, "cpu")

@@ -75,12 +75,11 @@ def real_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "least"), [("chain", 1.8), ("tree", 2.3)])
-def test_it_drafts_for_the_real_model(system, least, real_model):
-    """Measured again here, on one prompt of two sets and few tokens."""
+def test_it_drafts_for_the_real_model(real_model):
+    """Measured again here, as a tree, on one prompt of two sets and few tokens."""
     model, tokenizer = real_model
     prompts = [HELD_OUT["code"][0], HELD_OUT["maths"][0]]
-    options = SYSTEMS[system].options
+    options = SYSTEMS["tree"].options
     spec_compile(model, draft=str(demo_draft_dir()), compile="none", adaptive=False, progress=False, **options)
     rounds = [length for row in accept_lengths(model, tokenizer, prompts, 0.0, 32) for length in row]
-    assert sum(rounds) / len(rounds) >= least
+    assert sum(rounds) / len(rounds) >= 2.3

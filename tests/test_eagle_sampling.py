@@ -75,7 +75,7 @@ def test_a_wrong_q_is_found(model: PreTrainedModel, fault: str, monkeypatch: pyt
     monkeypatch.setattr(EagleDraft, "propose", wrong)
     settings, warpers = SETTINGS["plain"]
     expected = law(target(), warpers)
-    assert distance(model, expected, 4000, settings) > 2.5 * noise_level(expected, 4000)
+    assert distance(model, expected, 1500, settings) > 2.5 * noise_level(expected, 1500)
 
 
 @pytest.mark.parametrize(
