@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
@@ -27,7 +28,7 @@ from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
-from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, finish, placeholders
+from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
 _PREFILL_EXAMPLE_TOKENS = 24
@@ -200,11 +201,27 @@ def _capture(
             _trace(model, step, backend, tuple(inputs.values()))
     finally:
         model.train(was_training)
-    if len(captured) != 1:
-        raise CaptureError(_message(model, f"its forward became {len(captured)} graphs instead of one"))
+    if not captured:
+        raise CaptureError(_message(model, "its forward computes nothing from its inputs."))
+    if dynamic_length:
+        _check_length(model, captured[0], inputs)
     graph = finish(captured[0])
     _check(model, graph)
     return graph
+
+
+def _check_length(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:
+    """The length of packed prompts has to stay open. Dynamo says so itself only where it makes guards."""
+    lengths = {
+        node.meta["binding"].name: fake(node).shape[1]
+        for node in placeholders(graph.gm)
+        if isinstance(node.meta["binding"], RuntimeInput) and node.meta["binding"].name in inputs
+    }
+    fixed = [name for name, length in lengths.items() if not free_symbols(length)]
+    if fixed:
+        raise CaptureError(
+            _message(model, f"its code makes a constant of the prompts' length (of {fixed[0]}), so one graph cannot serve all.")
+        )
 
 
 def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -> None:

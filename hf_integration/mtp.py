@@ -115,11 +115,18 @@ class MtpLayers(nn.Module):
     """MTP heads that were trained together and draft in turn: step j of a round is head j's, see ``drafts.mtp_layers``.
 
     Attributes:
-        heads: one a step. A single one of them drafts every step of a round if it is passed as ``draft=`` itself.
+        heads: one a step, two at least. A single head, passed as ``draft=`` itself, drafts every step of a round.
+
+    Raises:
+        DraftError: fewer than two heads.
     """
 
     def __init__(self, heads: Sequence[MtpHead]) -> None:
         super().__init__()
+        if len(heads) < 2:
+            raise DraftError(
+                f"MtpLayers of {len(heads)} heads: heads in turn are two or more; pass a single one as draft= itself."
+            )
         self.heads = nn.ModuleList(heads)
 
 

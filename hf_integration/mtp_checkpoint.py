@@ -179,9 +179,10 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
     if len(heads) == 1:
         return heads[0]
     for name in layout.modules[0].keys() & layout.modules[1].keys():  # stored once
-        module = layout.modules[0][name].removesuffix(".weight")
-        for head in heads[1:]:
-            setattr(head, module, getattr(heads[0], module))
+        module, _, what = layout.modules[0][name].rpartition(".")
+        if what == "weight":  # not the scales of one
+            for head in heads[1:]:
+                setattr(head, module, getattr(heads[0], module))
     return MtpLayers(heads)
 
 

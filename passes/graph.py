@@ -60,7 +60,10 @@ class StageGraph:
 
 
 def lazy_code() -> contextlib.AbstractContextManager[None]:
-    """Graph modules made within write their code when they are first run, not after every pass: most never are."""
+    """Graph modules made within write their code when they are first run, not after every pass: most never are.
+
+    torch's own means for it; of ``split_module``, torch 2.11 writes the code at once all the same.
+    """
     return _use_lazy_graph_module(True)
 
 

@@ -273,6 +273,18 @@ def test_a_layer_that_bypasses_the_attention_interface_is_refused():
         capture_window(model, 1, 2, "verify")
 
 
+def test_a_forward_that_makes_a_constant_of_the_prompts_length_is_refused():
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(x * i for i in range(x.shape[1]))
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Counts()
+    with pytest.raises(CaptureError, match=r"makes a constant of the prompts' length .* plain generate\(\) still works"):
+        capture_prefill(model)
+    capture_window(model, 1, 2, "verify")  # is made for its length
+
+
 @pytest.mark.parametrize(
     "kwargs,message",
     [

@@ -259,7 +259,7 @@ def test_doctor_says_how_to_install_what_is_absent(monkeypatch):
 
 def test_doctor_says_which_drafts_work_how():
     drafts = {check.name: check.detail for check in doctor.examine() if check.group == "Drafts"}
-    assert list(drafts)[:4] == ["ngram", "EAGLE or MTP head", "DFlash head", "causal LM"]
+    assert list(drafts)[:5] == ["ngram", "EAGLE or MTP head", "MTP heads in turn", "DFlash head", "causal LM"]
     assert "'block'" in drafts["causal LM"] and "trees" in drafts["EAGLE or MTP head"] and "trees" not in drafts["DFlash head"]
     gpu = Hardware("nvidia", "sm90", 132, "NVIDIA H200")
     kernels = [doctor.Check("Attention kernels", name, "ok", "") for name in ("torch", "triton")]

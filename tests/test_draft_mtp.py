@@ -251,6 +251,17 @@ def test_every_layer_of_several_is_read(family: str, tmp_path: Path) -> None:
     assert not torch.equal(a["layers.0.self_attn.o_proj.weight"], b["layers.0.self_attn.o_proj.weight"])
 
 
+def test_a_shared_matrix_of_8_bits_is_shared_without_its_scales(tmp_path: Path) -> None:
+    target = tiny_model("qwen3_5_text")
+    tensors = published("qwen3_5_text", target, layers=2)
+    narrow = tensors["mtp.fc.weight"].to(torch.float8_e4m3fn)
+    scales = torch.ones(1, 1)  # of a block larger than the matrix
+    target = write_checkpoint(tmp_path, target, tensors | {"mtp.fc.weight": narrow, "mtp.fc.weight_scale_inv": scales})
+    first, second = load_mtp_head(target).heads
+    assert second.eh_proj is first.eh_proj
+    assert torch.equal(first.eh_proj.weight, narrow.float())
+
+
 def test_of_several_layers_the_broken_one_is_named(tmp_path: Path) -> None:
     target = tiny_model("glm4_moe")
     tensors = published("glm4_moe", target, layers=2)

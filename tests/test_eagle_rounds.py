@@ -154,8 +154,11 @@ def check_to_the_end(engine: Engine) -> None:
         if state.finished.all():
             break
         counts += rounds(engine, state, GREEDY, 4)
-    seen = {n for count in counts for n in count[:3]}
-    assert 0 in seen and len(seen) > 2, f"rows must finish apart and drafts be accepted in part: {counts}"
+    assert 0 in {n for count in counts for n in count[:3]}, f"rows must finish apart: {counts}"
+    # The last tokens of a row may be cut by its end.
+    rows = [[n for n in row if n][:-1] for row in zip(*(count[:3] for count in counts), strict=True)]
+    seen = {n for row in rows for n in row}
+    assert max(seen) > 1 and min(seen) <= engine.shape.num_steps, f"drafts must be accepted in part: {counts}"
 
 
 @pytest.mark.parametrize("shape", ["3/1/4", "4/3/12"])

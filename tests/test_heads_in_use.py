@@ -57,6 +57,25 @@ def test_pools_that_grow_and_shrink_between_requests(model: PreTrainedModel, ref
     check(model, reference, 3)
 
 
+def test_an_interrupt_between_two_pools_leaves_none(
+    model: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(model, reference, 2)
+    engine = model.spec._engine
+    capacity = 2 * engine.target.pool.capacity
+
+    def interrupted(rows: int, capacity: int) -> bool:
+        engine.draft.runners[0].reserve(rows, capacity)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.draft, "reserve", interrupted)
+        engine.reserve(2, capacity)
+    engine.reserve(2, capacity)
+    assert engine.target.pool.capacity == engine._buffers.tokens.shape[1] == capacity
+    check(model, reference, 2)
+
+
 class Breaks(BaseStreamer):
     """Raises when it is shown its n-th value."""
 

@@ -229,6 +229,23 @@ def test_the_text_does_not_depend_on_the_shapes() -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_what_plain_rounds_put_aside_ends_with_the_request() -> None:
+    engine = engine_for("qwen2", 3)
+    state = engine.admit(request([5], [60]))
+    with torch.no_grad():
+        for _ in range(3):
+            engine.launch(state, PLAN, chain(0))
+    assert int(engine.draft.pending.count[0]) == 3
+    engine.draft.forget()
+    assert not any(tensor.any() for tensor in (engine.draft.pending.count, engine.draft.level_start, engine.draft.level_count))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_heads_in_turn_are_several(count: int) -> None:
+    with pytest.raises(DraftError, match=f"MtpLayers of {count} heads: heads in turn are two or more"):
+        random_mtp_layers(tiny_model("qwen2"), count)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Through generate()
 
@@ -300,6 +317,6 @@ def test_fewer_steps_use_the_first_layers_and_more_are_refused(tmp_path: Path) -
 def test_layers_of_another_model_are_refused() -> None:
     target = tiny_model("qwen2")
     layers = random_mtp_layers(target, 2)
-    other = MtpLayers([layers.heads[0], random_mtp_layers(tiny_model("qwen2", seed=1), 1).heads[0]])
+    other = MtpLayers([layers.heads[0], random_mtp_layers(tiny_model("qwen2", seed=1), 2).heads[0]])
     with pytest.raises(DraftError, match="reads the embed_tokens and lm_head of another model"):
         spec_compile(target, draft=other, compile="none")

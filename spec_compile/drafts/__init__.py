@@ -86,7 +86,7 @@ def _mtp_layers(
     if steps > len(draft.heads):
         raise DraftError(
             f"num_steps={steps}: this draft has {len(draft.heads)} MTP layers, one a step. Leave num_steps out, or let its "
-            "first layer draft every step: draft=spec_compile.hf_integration.mtp_checkpoint.load_mtp_head(model).heads[0]."
+            "first layer draft every step: spec_compile.hf_integration.mtp_checkpoint.load_mtp_head() gives it as heads[0]."
         )
     if config.topk > 1 and steps > 1:
         raise DraftError(

@@ -9,8 +9,9 @@ The first head runs over that window when tokens are committed, the others when 
 the one before. All of them run in every drafting round, whatever its number of steps, so no cache ever has a hole. Plain rounds
 put the target's states aside, as with an EAGLE head, and catching up fills every cache.
 
-Source: DeepSeek-V3 (2412.19437, 2.2); entries and positions are those of transformers' MtpModel and MTPCandidateGenerator
-(modeling_layers.py, generation/candidate_generator.py), which crops its caches and computes entries again after a refusal.
+Source: DeepSeek-V3 (2412.19437, 2.2); entries are those of transformers' MtpModel and MTPCandidateGenerator
+(modeling_layers.py, generation/candidate_generator.py), which crops its caches and computes entries again after a refusal. Its
+rotary positions are j places on, here an entry's is its own: attention sees differences of them alone.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class MtpLayersDraft:
         return False
 
     def forget(self) -> None:
+        # The next request may leave rows to padding, over no page of their own: they run over its first slots again.
         for tensor in (self.level_start, self.level_count):
             tensor.zero_()
         self.pending.forget()

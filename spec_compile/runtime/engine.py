@@ -137,6 +137,9 @@ class Engine:
             except torch.OutOfMemoryError as error:
                 self._drop_pools()  # the target's may have grown when the draft's could not
                 reason = str(error).splitlines()[0]
+            except BaseException:  # an interrupt: pools that moved, under buffers and graphs that do not know of it
+                self._drop_pools()
+                raise
         raise SpecCompileError(
             f"no memory for a KV pool of {rows} rows × {capacity} tokens on {self.device} ({reason}): generate fewer rows or "
             "tokens at once (max_new_tokens is reserved up front), or free memory. Nothing was generated yet."
