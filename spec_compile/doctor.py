@@ -181,11 +181,8 @@ def _drafts(hardware: Hardware, kernels: list[Check]) -> list[Check]:
     heads = "adaptive" if hardware.is_cuda else "always in the shape asked for (adaptive on GPUs only)"
     rows = (
         ("ngram", "chains, copied from the text; verified by token", "adaptive"),
-        (
-            "EAGLE or MTP head",
-            f"chains ({sampled}) and trees, topk > 1 (verified along the tree; MTP layers in turn: chains)",
-            heads,
-        ),
+        ("EAGLE or MTP head", f"chains ({sampled}) and trees, topk > 1 (verified along the tree)", heads),
+        ("MTP heads in turn", f"chains ({sampled}), one step a head", heads),
         ("DFlash head", f"chains, a block in one forward ({sampled})", "always in the shape asked for"),
         ("causal LM", f"chains ({sampled})", "always in the shape asked for"),
     )
