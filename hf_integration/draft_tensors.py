@@ -63,9 +63,12 @@ def read_config(directory: Path) -> dict[str, object]:
     """
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DraftError(f"draft={str(directory)!r}: {path.name} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise DraftError(f"draft={str(directory)!r}: {path.name} holds a {type(config).__name__}, not an object of settings.")
+    return config
 
 
 def tensor_names(directory: Path) -> set[str]:

@@ -120,8 +120,9 @@ def why_plain(
     if mask is not None:
         if mask.dim() != 2 or mask.shape != input_ids.shape:
             return "attention masks other than [batch, prompt length] are not accelerated"
-        ordered = mask.long().cummax(1).values == mask.long()  # zeros, then ones
-        if not bool((ordered.all(1) & (mask[:, -1] == 1)).all()):
+        ones = mask.bool().long()  # of any type, as transformers takes them
+        ordered = ones.cummax(1).values == ones  # zeros, then ones
+        if not bool((ordered.all(1) & (ones[:, -1] == 1)).all()):
             return "attention_mask has gaps or right padding; only left padding is accelerated"
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _plain_positions(positions, mask, input_ids):
@@ -164,7 +165,7 @@ def read_call(
     """Translate what ``generate()`` prepared into a ``GenerateCall``."""
     mask = model_kwargs.get("attention_mask")
     batch, padded = input_ids.shape
-    prompt_lens = [padded] * batch if mask is None else mask.sum(1).tolist()
+    prompt_lens = [padded] * batch if mask is None else mask.bool().sum(1).tolist()
     eos_ids: list[int] = []
     custom_criteria = False
     limits = []

@@ -119,6 +119,8 @@ class SpecConfig:
             raise ConfigError(f"page_size={self.page_size}: a power of two of at least 16.")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r}: choose one of {', '.join(KV_CACHE_DTYPES)}.")
+        if self.seed is not None and not abs(self.seed) < 2**62:
+            raise ConfigError(f"seed={self.seed}: a number of at most 62 bits.")
         if self.max_prefill_tokens < 1:
             raise ConfigError(f"max_prefill_tokens={self.max_prefill_tokens}: at least 1.")
         if self.simulate_accept_length is not None and not self.simulate_accept_length >= 1:  # nor NaN

@@ -30,6 +30,12 @@ def test_a_value_of_another_type_is_named_with_the_type_wanted(option: str, valu
         SpecConfig(**{option: value})
 
 
+@pytest.mark.parametrize("seed", [2**62, -(2**70)])
+def test_a_seed_has_room_for_the_rows_behind_it(seed: int):
+    with pytest.raises(ConfigError, match=rf"^seed={seed}: a number of at most 62 bits"):
+        SpecConfig(seed=seed)
+
+
 def test_a_whole_number_is_a_fine_float():
     assert SpecConfig(simulate_accept_length=3).simulate_accept_length == 3
 

@@ -179,9 +179,10 @@ def test_broken_files(saved: tuple[Path, Eagle3Head]):
     (directory / "model.safetensors").unlink()
     with pytest.raises(DraftError, match=r"holds no \.safetensors or \.bin file"):
         load_draft_head(directory, target())
-    (directory / "config.json").write_text("{")
-    with pytest.raises(DraftError, match=r"config\.json cannot be read"):
-        load_draft_head(directory, target())
+    for text, said in (("{", "cannot be read"), ("[1]", "holds a list, not an object")):
+        (directory / "config.json").write_text(text)
+        with pytest.raises(DraftError, match=rf"config\.json {said}"):
+            load_draft_head(directory, target())
 
 
 def test_what_looks_like_a_head_and_is_none_known_says_what_was_seen(tmp_path: Path):

@@ -245,6 +245,12 @@ def test_caches_that_save_memory_are_not_replaced(pair, name: str, accelerated: 
     assert reason is None if accelerated else f"cache_implementation={name!r}" in reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32])
+def test_masks_of_any_type(pair, dtype: torch.dtype) -> None:
+    inputs = left_padded(3, PROMPT)
+    assert_same(pair, {**inputs, "attention_mask": inputs["attention_mask"].to(dtype)})
+
+
 def test_gaps_in_the_mask_and_callers_cache_run_plain(pair) -> None:
     reference, model = pair
     inputs = left_padded(2, PROMPT)
