@@ -35,7 +35,7 @@ def _trace_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_collections() -> Iterator[None]:
-    """What is imported stays, and traces leave millions of objects: looking at them all again and again took a tenth."""
+    """What is imported stays, and traces leave millions of objects: looking at them all, again and again, took 5 % of it."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
