@@ -375,6 +375,6 @@ def conv_prefill_fake(x, weight, bias, conv_state, state_slot, cu_seqlens) -> Te
 
 @conv_prefill.register_kernel("cuda")
 def conv_prefill_cuda(x, weight, bias, conv_state, state_slot, cu_seqlens):
-    from spec_compile.ops.kernels import gdn  # here, so that machines without Triton can import this module
+    from spec_compile.ops.kernels import gdn_prefill  # here, so that machines without Triton can import this module
 
-    return gdn.conv_prefill(x, weight, bias, conv_state, state_slot, cu_seqlens)
+    return gdn_prefill.conv_prefill(x, weight, bias, conv_state, state_slot, cu_seqlens)

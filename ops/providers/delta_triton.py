@@ -108,10 +108,10 @@ def gdn_prefill_triton(
     scale: float,
 ) -> Tensor:
     """``spec_compile::gdn_prefill``; same arguments and result."""
-    from spec_compile.ops.kernels import gdn
+    from spec_compile.ops.kernels import gdn_prefill
 
     chunk = most_tokens(device_limits(q.device)[1], q.shape[-1])
-    return gdn.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, chunk=chunk)
+    return gdn_prefill.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, chunk=chunk)
 
 
 gdn_verify_triton.register_fake(generic.gdn_verify_fake)

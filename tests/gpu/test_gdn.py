@@ -33,7 +33,7 @@ from gdn_contract import (
 from spec_compile.hardware import detect_hardware
 from spec_compile.ops import linear_attention as generic
 from spec_compile.ops import providers
-from spec_compile.ops.kernels import gdn, gdn_window
+from spec_compile.ops.kernels import gdn, gdn_prefill, gdn_window
 from spec_compile.ops.providers import DeltaNode
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
@@ -52,8 +52,8 @@ SHAPES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def implementation(verify: str = "gdn_verify_triton") -> Implementation:
     """The kernels as ops on a device, bare in the interpreter."""
     if INTERPRETED:
-        prefill = functools.partial(gdn.gdn_prefill, chunk=64)
-        return Implementation(gdn.conv_verify, gdn.gdn_verify, gdn.gdn_commit, gdn.conv_prefill, prefill)
+        prefill = functools.partial(gdn_prefill.gdn_prefill, chunk=64)
+        return Implementation(gdn.conv_verify, gdn.gdn_verify, gdn.gdn_commit, gdn_prefill.conv_prefill, prefill)
     ops = torch.ops.spec_compile
     providers.load_for(NODE, "triton")  # registers the ops
     providers.load_for(NODE, "flashinfer")
