@@ -157,10 +157,7 @@ def drive(engine: Engine, request: Request, rounds: int) -> tuple[list[float], f
         times.append((time.perf_counter() - begin) * 1e3)
         begin = time.perf_counter()
     loop.close()
-    if timing.events:
-        torch.cuda.synchronize()
-        starts = [start for start, _ in timing.events]
-        times = [a.elapsed_time(b) for a, b in itertools.pairwise(starts)]
+    times = timing.round_milliseconds() or times
     return times[min(FIRST, rounds - 1) :], timing.idle_fraction(), statistics.mean(emitted)
 
 

@@ -1,8 +1,9 @@
 """Pass 5: sibling linears on one input become one GEMM.
 
 Needs: linears whose weights (and biases) are plain parameters.
-Leaves true: one linear per group; each parameter is a view of the fused weight, so memory, ``state_dict()`` and
-``save_pretrained()`` stay what they were, and an in-place update of a parameter is seen by the graph.
+Leaves true: one linear per group, whose parts and their views have the fakes of wider rows; each parameter is a view of the
+fused weight, so memory, ``state_dict()`` and ``save_pretrained()`` stay what they were, and an in-place update of a parameter
+is seen by the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from spec_compile.passes.graph import StageGraph, fake, finish
+from spec_compile.passes.graph import StageGraph, fake, finish, refresh_fakes
 
 
 def fuse_linears(graph: StageGraph) -> StageGraph:
@@ -21,11 +22,12 @@ def fuse_linears(graph: StageGraph) -> StageGraph:
     for node in graph.gm.graph.nodes:
         if _is_plain_linear(node):
             groups.setdefault(node.args[0], []).append(node)
-    fused = 0
+    fused, parts = 0, set()
     for source, linears in groups.items():
         for alike in _fusable(linears):
-            _fuse(graph, source, alike, fused)
+            parts |= _fuse(graph, source, alike, fused)
             fused += 1
+    refresh_fakes(graph.gm, parts)
     graph.note(f"fuse_linears: {fused} groups")
     return finish(graph)
 
@@ -53,7 +55,8 @@ def _fusable(linears: list[fx.Node]) -> list[list[fx.Node]]:
     return [part for part in parts.values() if len(part) > 1]
 
 
-def _fuse(graph: StageGraph, source: fx.Node, linears: list[fx.Node], number: int) -> None:
+def _fuse(graph: StageGraph, source: fx.Node, linears: list[fx.Node], number: int) -> set[fx.Node]:
+    """Put one linear in their place; the nodes that now are its parts, views of wider rows."""
     weight = _fused_input(graph, [n.args[1] for n in linears], f"fused_weight_{number}")
     args: tuple = (source, weight)
     if _bias(linears[0]) is not None:
@@ -65,12 +68,15 @@ def _fuse(graph: StageGraph, source: fx.Node, linears: list[fx.Node], number: in
         wide.meta["example_value"] = torch.cat(values, -1)
         split = graph.gm.graph.call_method("split", (wide, sizes, -1))
         split.meta["example_value"] = fake(wide).split(sizes, -1)
+        parts = set()
         for i, node in enumerate(linears):
             part = graph.gm.graph.call_function(operator.getitem, (split, i))
             part.meta["example_value"] = fake(split)[i]
             node.replace_all_uses_with(part)
+            parts.add(part)
     for node in linears:
         graph.gm.graph.erase_node(node)
+    return parts
 
 
 def _fused_input(graph: StageGraph, nodes: list[fx.Node], name: str) -> fx.Node:

@@ -77,6 +77,26 @@ def fake(node: fx.Node) -> Tensor:
     return node.meta.get("val") if value is None else value
 
 
+def refresh_fakes(gm: fx.GraphModule, changed: set[fx.Node]) -> None:
+    """Compute the fakes behind ``changed`` nodes anew, as far as strides change: a view of a view is what segments are compiled
+    for, and Inductor checks that."""
+    changed = set(changed)
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output") or not changed.intersection(node.all_input_nodes):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
+        value = getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+        if _strides(value) != _strides(fake(node)):
+            changed.add(node)
+        node.meta["example_value"] = value
+
+
+def _strides(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.stride()
+    return [_strides(part) for part in value] if isinstance(value, tuple | list) else None
+
+
 def add_runtime_input(graph: StageGraph, name: str, example: Tensor) -> fx.Node:
     """A new placeholder behind the last one, bound to the runtime input ``name``."""
     last = placeholders(graph.gm)[-1]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spec_compile import ops, spec_compile
 from spec_compile.passes.graph import CacheSlot, placeholders
 from spec_compile.runtime.engine import Engine
-from spec_compile.runtime.program import CacheSalt, CompiledSegment, _compile, source_hash
+from spec_compile.runtime.program import CacheSalt, CompiledSegment, SegmentCompiler, _compile, source_hash
 
 BATCH, NEW_TOKENS = 2, 20
 
@@ -169,6 +169,22 @@ def test_every_segment_of_a_window_is_compiled(two: TwoModels):
     (window,) = [program for key, program in engine.target._programs.items() if key[0] == "verify"]
     segments = [window.gm.get_submodule(call.target) for call in segment_calls(window.gm)]
     assert len(segments) == 6 and all(isinstance(s, CompiledSegment) and s.artifact is not None for s in segments)
+
+
+@pytest.mark.slow
+def test_compiled_prompts_of_a_recurrent_target_give_the_same_text(private_cache: None):
+    """As on a GPU, where prompts are compiled too: one artifact a segment for every length, over views of fused linears."""
+    reference, model = tiny_model("qwen3_5_text"), tiny_model("qwen3_5_text")
+    model = spec_compile(model, draft=None, compile="none", progress=False)
+    target = engine_of(model).target
+    target._prefill_compiler = SegmentCompiler("inductor", target.hardware)
+    target._programs.clear()
+    for length in (11, 23):
+        inputs = left_padded(BATCH, length)
+        plain = reference.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), plain)
+    (prompts,) = [program for key, program in target._programs.items() if key[0] == "prefill"]
+    assert any(getattr(segment, "artifact", None) is not None for segment in prompts.gm.children())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

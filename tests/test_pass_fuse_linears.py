@@ -67,6 +67,22 @@ def test_siblings_with_biases():
     check_same(before, graph, x)
 
 
+def test_the_fakes_behind_a_fused_linear_have_the_strides_that_run():
+    """Segments are compiled for their inputs' fakes: a view of a part is a view of wider rows."""
+
+    def views(x, q, k, v):
+        a, b = F.linear(x, q), F.linear(x, k)
+        return a.reshape(2, 3, 2, 6), b.transpose(1, 2).transpose(2, 1), F.linear(x, v) + 1
+
+    graph, x = stage_graph(views, "verify", x=X, **weights(12, 4, 6)), torch.randn(2, 3, HIDDEN, dtype=DOUBLE)
+    fuse_linears(graph)
+
+    (output,) = graph.gm.graph.find_nodes(op="output")
+    ran, faked = run(graph, x=x), [fake(node) for node in output.args[0]]
+    assert [value.stride() for value in faked] == [value.stride() for value in ran]
+    assert faked[0].stride() == (66, 22, 6, 1), "22 is what three linears put out together"
+
+
 def test_every_group_of_a_graph_is_fused_on_its_own():
     def layer(x, q, k, gate, up):
         y = F.linear(x, q) + F.linear(x, k)

@@ -47,3 +47,9 @@ def test_gaps_and_late_launches_are_idle():
 
 def test_without_events_nobody_knows():
     assert Timing().idle_fraction() is None
+
+
+def test_a_rounds_milliseconds_reach_to_the_next_rounds_start():
+    rounds = [(chain(0), 4.0), (chain(5), 8.0), (chain(2), 5.0)]
+    assert timing(rounds, gap=1.0).round_milliseconds() == [5.0, 9.0]
+    assert Timing().round_milliseconds() == []

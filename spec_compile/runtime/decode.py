@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ class Timing:
     waiting: float = 0.0
     rounds: int = 0
     events: list[tuple[RoundShape, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def round_milliseconds(self) -> list[float]:
+        """From each round's start to the next one's on the device, waits for the host included; empty on a CPU."""
+        if self.events:
+            self.events[-1][1].synchronize()
+        return [begin.elapsed_time(following) for (_, begin, _), (_, following, _) in itertools.pairwise(self.events)]
 
     def idle_fraction(self) -> float | None:
         """Share of the time from the first round's start to the last one's end in which no round ran; None on a CPU.

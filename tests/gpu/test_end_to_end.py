@@ -62,6 +62,17 @@ def test_experts_of_a_long_prompt(family: str) -> None:
         assert_equal_up_to_near_ties(reference, inputs, plain, ours)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma3_text"])
+def test_compiled_prompts_and_rounds_of_layers_that_are_not_alike(family: str) -> None:
+    """Inductor's segments of two kinds of layers, for prompts of every length and for windows."""
+    reference = tiny_model(family, device="cuda")
+    model = spec_compile(tiny_model(family, device="cuda"), min_ngram=1, num_steps=3)
+    for batch, length in ((1, 11), (3, 40)):
+        inputs = on_gpu(left_padded(batch, length, seed=batch))
+        plain = reference.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=24, do_sample=False)), batch
+
+
 def test_compiled_with_a_draft_model() -> None:
     """Inductor's segments, a causal-LM draft, greedy and sampled; 50 rounds and changing lengths capture nothing new."""
     reference = tiny_model("llama", device="cuda")
