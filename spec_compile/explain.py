@@ -20,6 +20,10 @@ def explain(engine: Engine) -> str:
     runners = () if draft is None else draft.runners
     for number, runner in enumerate(runners, 1):
         lines += _runner("draft" if len(runners) == 1 else f"draft step {number}", runner)
+    for (tokens, outputs, inputs, _), choice in engine.compiler.linears.items():
+        if choice is not None:
+            times = f"{choice.kernel_us:.1f} us by the library's kernel, {choice.library_us:.1f} by cuBLAS"
+            lines.append(f"linear of {tokens} tokens, {inputs} to {outputs}: {times}{'' if choice.tiles else ', which stays'}")
     for name, nbytes in engine.captured():
         lines.append(f"CUDA graph: {name}, {nbytes / 2**20:.1f} MiB")
     if engine.hardware.is_cuda and engine.graphs is None:

@@ -22,6 +22,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.partition import segment_key
 from spec_compile.runtime.device_time import graph_milliseconds
+from spec_compile.runtime.skinny_linears import Known, use_skinny_linears
 
 Caches = dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv") -> [P, page_size, ...]
 
@@ -56,12 +57,14 @@ class SegmentCompiler:
     Attributes:
         mode: ``"inductor"`` or ``"none"``.
         seconds: time spent compiling, choosing and building kernels included.
+        linears: what was measured of linear layers of a few tokens.
     """
 
     mode: str
     hardware: Hardware
     seconds: float = 0.0
     artifacts: dict[str, Callable] = field(default_factory=dict)
+    linears: Known = field(default_factory=dict)
 
     def prepare(self, gm: fx.GraphModule, *, single_token: bool) -> fx.GraphModule:
         """Replace every segment of a partitioned graph by its compiled form.
@@ -87,10 +90,13 @@ class SegmentCompiler:
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
             fixed = {"post_grad_custom_pre_pass": salt} | (_DYNAMIC_SORT if symbolic and _sorts(segment) else {})
-            candidates = [
-                _compile(copy.deepcopy(segment), examples, fixed | options)
-                for options in _inductor_options(self.hardware, single_token)
-            ]
+            candidates = []
+            for options in _inductor_options(self.hardware, single_token):
+                candidate = copy.deepcopy(segment)
+                tunes_linears = "coordinate_descent_tuning" in options
+                if self.hardware.vendor == "nvidia" and not symbolic and not tunes_linears:
+                    use_skinny_linears(candidate, args, self.linears)
+                candidates.append(_compile(candidate, examples, fixed | options))
             if len(candidates) > 1:
                 candidates.sort(key=lambda artifact: graph_milliseconds(functools.partial(artifact, *args)))
             self.artifacts[key] = candidates[0]

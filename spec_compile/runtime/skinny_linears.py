@@ -1,0 +1,114 @@
+"""Linear layers of a few tokens, each by the faster of the matrix library and our kernel, measured on this device.
+
+Rounds of small batches are bound by reading weights. The matrix library reads wide ones at the device's bandwidth and narrow
+ones (4096 to 4096) at two thirds of it, so that what is faster depends on the shape; nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from spec_compile.ops.providers.triton import device_limits
+from spec_compile.ops.skinny_linear import MAX_TOKENS
+from spec_compile.passes.graph import placeholders
+from spec_compile.runtime.device_time import graph_milliseconds
+
+log = logging.getLogger("spec_compile.linears")
+
+Tiles = tuple[int, int, int, int]  # block_n, block_k, num_stages, num_warps
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """What a linear of some tokens was measured to take.
+
+    Attributes:
+        tiles: the kernel's, None where the matrix library stays.
+        library_us: microseconds of the matrix library.
+        kernel_us: of the best tiles.
+    """
+
+    tiles: Tiles | None
+    library_us: float
+    kernel_us: float
+
+
+Known = dict[tuple, LinearChoice | None]  # (tokens, N, K, dtype) -> None where nothing could be tried
+
+_LEAST_BYTES = 8 << 20  # of a weight: a smaller one is read in less time than its launch takes
+_LEAST_GAIN = 0.97  # of the library's time: what is no faster than noise changes nothing
+
+
+def use_skinny_linears(segment: fx.GraphModule, args: tuple, known: Known) -> int:
+    """Put ``spec_compile::skinny_linear`` in the place of linears that it computes faster; the number of them.
+
+    Args:
+        segment: changed in place.
+        args: its inputs, real tensors.
+        known: what was measured; what is new is added.
+    """
+    values, replaced = dict(zip(placeholders(segment), args, strict=True)), 0
+    for node in list(segment.graph.nodes):
+        weight = _weight(node, values)
+        if weight is None:
+            continue
+        tokens = node.meta["example_value"].shape.numel() // weight.shape[0]
+        key = (tokens, *weight.shape, weight.dtype)
+        if key not in known:
+            known[key] = measured(tokens, weight) if tokens <= MAX_TOKENS else None
+        choice = known[key]
+        if choice is not None and choice.tiles is not None:
+            node.target, node.args = torch.ops.spec_compile.skinny_linear.default, (*node.args[:2], *choice.tiles)
+            replaced += 1
+    if replaced:
+        segment.recompile()
+    return replaced
+
+
+def _weight(node: fx.Node, values: dict[fx.Node, object]) -> Tensor | None:
+    """The weight of a linear that may be replaced: 16-bit, without bias, large."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "linear" or node.kwargs:
+        return None
+    weight = values.get(node.args[1])
+    if any(bias is not None for bias in node.args[2:]) or not isinstance(weight, Tensor) or not weight.is_contiguous():
+        return None
+    return weight if weight.dtype in (torch.float16, torch.bfloat16) and weight.nbytes >= _LEAST_BYTES else None
+
+
+def measured(tokens: int, weight: Tensor) -> LinearChoice | None:
+    """``F.linear`` and the kernel, in CUDA graphs over more weights than the L2 cache holds; None if nothing fits."""
+    from spec_compile.ops.kernels.skinny_linear import fitting_tiles
+
+    _, shared = device_limits(weight.device)
+    candidates = fitting_tiles(*weight.shape, weight.element_size(), shared)
+    if not candidates:
+        return None
+    weight = weight.detach()
+    op = torch.ops.spec_compile.skinny_linear.default
+    try:
+        l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size
+        weights = [weight] + [weight.clone() for _ in range(2 * l2 // weight.nbytes)]
+        x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.cuda.device(weight.device):
+            with ThreadPoolExecutor(len(candidates)) as threads:  # compiled side by side
+                list(threads.map(lambda tiles: op(x, weight, *tiles), candidates))
+            library = _microseconds(F.linear, x, weights)
+            times = {tiles: _microseconds(lambda x, w, tiles=tiles: op(x, w, *tiles), x, weights) for tiles in candidates}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        log.info("linear %d x %s: no memory to measure it", tokens, tuple(weight.shape))
+        return None
+    best = min(times, key=times.__getitem__)
+    log.info("linear %d x %s: %.1f us, by tiles %s %.1f us", tokens, tuple(weight.shape), library, best, times[best])
+    return LinearChoice(best if times[best] < _LEAST_GAIN * library else None, library, times[best])
+
+
+def _microseconds(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> float:
+    return graph_milliseconds(lambda: [linear(x, weight) for weight in weights]) * 1e3 / len(weights)
