@@ -111,10 +111,19 @@ def test_only_positions_that_were_reached_are_judged():
     assert third.tried == 0.0
 
 
-def test_a_batch_counts_the_share_of_the_rows_that_got_there():
+def test_a_batch_counts_the_rows_that_got_there():
     policy = measured()
     policy.observe(2, FULL, [2, 3, 1, 3], MS[FULL])
-    assert [p.accepted for p in policy.seen[2, False][:3]] == [0.75, pytest.approx(2 / 3), 0.0]
+    assert [(p.accepted, p.tried) for p in policy.seen[2, False][:3]] == [(3, 4), (2, 3), (0, 2)]
+
+
+def test_many_rows_tell_in_one_round_what_one_row_tells_in_many():
+    """Drafting costs a large batch most, so it must not go on for rounds only because a guess said so."""
+    many, one = measured(), measured()
+    many.observe(None, FULL, [2] * 19 + [1] * 45, MS[FULL])
+    one.observe(None, FULL, [1], MS[FULL])
+    assert many.expected_tokens(None, chain(1)) == pytest.approx(1 + 19 / 64, abs=0.02)
+    assert one.expected_tokens(None, chain(1)) == pytest.approx(1 + 1.2 / 3)
 
 
 def test_a_loser_gets_another_chance_now_and_then_and_a_cheap_one():

@@ -9,7 +9,7 @@ from spec_compile.config import RoundShape
 _SMOOTHING = 0.3  # weight of the newest round time
 _FORGET = 0.93  # what an observation counts for after one more
 _FADE = 0.99  # what it counts for after a round that could not tell: a source or a shape that lost gets new chances
-_PRIOR_WEIGHT = 2.0  # observations that the prior is worth
+_PRIOR_WEIGHT = 2.0  # rows whose draft was seen that the prior is worth: many rows tell in one round
 _PRIOR_RATE = 0.6  # acceptance of a draft model nobody has watched yet
 _PROBES = 3  # rounds that try a draft model again
 _SHORTEST_REST, _LONGEST_REST = 32, 256  # plain rounds before they do; doubled while it goes on losing
@@ -92,7 +92,7 @@ class DraftPolicy:
             tried = [length for length in accept_lengths if length >= 1 + index]  # what follows a refused draft was not
             if not tried:
                 break
-            positions[index].add(sum(length > 1 + index for length in tried) / len(tried))
+            positions[index].add(sum(length > 1 + index for length in tried), len(tried))
 
     def _positions(self, promise: int | None, shape: RoundShape) -> list[_Position]:
         longest = max(known.num_steps for known in self.shapes)
@@ -124,14 +124,14 @@ def _guess(shape: RoundShape) -> float:
 
 @dataclass
 class _Position:
-    """Acceptance at one draft position, newest observations first in weight."""
+    """Acceptance at one draft position: rows that took the draft, of those that reached it, newest rounds first in weight."""
 
     accepted: float = 0.0
     tried: float = 0.0
 
-    def add(self, accepted: float) -> None:
+    def add(self, accepted: int, tried: int) -> None:
         self.accepted = self.accepted * _FORGET + accepted
-        self.tried = self.tried * _FORGET + 1.0
+        self.tried = self.tried * _FORGET + tried
 
     def fade(self) -> None:
         self.accepted *= _FADE

@@ -43,7 +43,7 @@ def test_a_compiled_model_uses_it_where_it_was_measured_faster() -> None:
     inputs = {name: value.cuda() for name, value in left_padded(2, 21).items()}
     plain = reference.generate(**inputs, max_new_tokens=32, do_sample=False)
     ours = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    assert_equal_up_to_near_ties(reference, inputs, plain, ours)
+    assert_equal_up_to_near_ties(reference, inputs, plain, ours, gap=0.25)  # 16 steps at logits of about 4
     measured = model.spec._engine.compiler.linears
     tried = {key[:3]: choice for key, choice in measured.items() if choice is not None}
     assert (8, 2048, 2048) in tried and (8, 6144, 2048) in tried, "windows of four tokens of two rows"
