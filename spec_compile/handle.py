@@ -46,6 +46,11 @@ class SpecHandle:
     # ------------------------------------------------------------------------------------------------------------------
     # What users call
 
+    def __repr__(self) -> str:
+        draft = self._engine.draft
+        state = "removed" if not self._bound() else "on" if self._enabled else "off"
+        return f"<spec_compile {state}: draft {'none' if draft is None else draft.kind}, {self._engine.hardware.name}>"
+
     def explain(self) -> str:
         """Which provider runs which layers in which graph, why, and why not the others."""
         return explain(self._engine)

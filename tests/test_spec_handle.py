@@ -185,6 +185,17 @@ def test_stats_read_well(pair) -> None:
     assert str(model.spec.stats()) == "plain transformers generate(): nothing was measured"
 
 
+def test_what_it_shows_of_itself() -> None:
+    model = spec_compile(tiny_model("llama", num_hidden_layers=1), draft="ngram", compile="none")
+    spec = model.spec
+    assert re.fullmatch(r"<spec_compile on: draft ngram, .+>", repr(spec))
+    assert str(spec.stats()) == "no generate() call yet"
+    with spec.disable():
+        assert repr(spec).startswith("<spec_compile off: ")
+    spec.remove()
+    assert repr(spec).startswith("<spec_compile removed: ")
+
+
 def test_explain_says_when_rounds_have_no_graphs(monkeypatch) -> None:
     """A GPU in name: its captures failed, or were not wanted."""
     for wanted, words in ((True, "a capture failed"), (False, "cuda_graphs=False")):
