@@ -362,8 +362,9 @@ def conv_prefill(
     for slot, start, end in zip(slots, bounds[:-1], bounds[1:], strict=True):
         padded = F.pad(x[start:end].float(), (0, 0, taps - 1, 0))  # [K - 1 + len, C]
         kernel = weight.float()[:, None]  # [C, 1, K]
-        result = F.conv1d(padded.T[None], kernel, None if bias is None else bias.float(), groups=x.shape[1])[0].T
-        out[start:end] = F.silu(result).to(out.dtype)
+        if end > start:
+            result = F.conv1d(padded.T[None], kernel, None if bias is None else bias.float(), groups=x.shape[1])[0].T
+            out[start:end] = F.silu(result).to(out.dtype)
         conv_state[slot] = padded[padded.shape[0] - (taps - 1) :].to(conv_state.dtype)
     return out
 

@@ -37,7 +37,7 @@ def test_windows_of_other_kinds():
     check_window(REFERENCE, rows=1, num_tokens=60, tree=True, heads=Heads(1, 4, 8, 12))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (5, 2, 70), (3, 64, 1, 129)])
+@pytest.mark.parametrize("lengths", [(1,), (5, 2, 0, 70), (3, 64, 1, 129)])
 def test_prompts(lengths):
     check_prompts(REFERENCE, lengths)
     check_prompts(REFERENCE, lengths, dtype=torch.bfloat16, bias=True, heads=Heads(1, 2, 8, 8))
