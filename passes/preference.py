@@ -123,13 +123,14 @@ RULES = (
 # Gated delta rules. One read of the states serves a whole window in our kernels, trees included.
 DELTA_RULES = (
     Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
+    Rule(("nvidia", "amd"), ("prefill",), ("triton", "fla", "torch"), "one launch a layer; against fla not measured yet"),
     Rule(
         ("nvidia",),
-        STAGES,
+        DECODE,
         ("triton", "flashinfer", "torch"),
         "one launch a layer, chains and trees; against FlashInfer not measured yet",
     ),
-    Rule(("amd",), STAGES, ("triton", "torch"), "one launch a layer, chains and trees"),
+    Rule(("amd",), DECODE, ("triton", "torch"), "one launch a layer, chains and trees"),
 )
 
 

@@ -80,6 +80,12 @@ def check_backend(backend: Backend) -> None:
             raise BackendError(f"backend={dict(backend)!r}: unknown stages {unknown}; stages are {', '.join(stages)}.")
     for stage, name in backend.items() if isinstance(backend, Mapping) else ((None, backend),):
         known = providers.DELTA_PROVIDERS if stage in DELTA_OPS else providers.PROVIDERS
+        if delta_only(name):
+            if stage in DELTA_OPS or f"gdn_{stage}" in DELTA_OPS:
+                continue
+            ways = " or ".join(f"backend={{{op!r}: {name!r}}}" for op in DELTA_OPS)
+            where = "attention" if stage is None else f"the {stage} stage, which has none of its own"
+            raise BackendError(f"backend={name!r} runs gated delta rules, not {where}; say which ones: {ways}.")
         if name not in (AUTO, TUNE, *known):
             where = f" for {stage}" if stage in DELTA_OPS else ""
             raise BackendError(
@@ -92,7 +98,8 @@ def wanted(backend: Backend, stage: str) -> str:
     """What ``backend`` says about ``stage``: a provider's name, ``"auto"`` or ``"tune"``.
 
     A dict's ``draft`` speaks for ``draft_extend`` too unless that has its own entry; stages it does not name are automatic.
-    A bare provider's name speaks of attention: delta rules, a dict's ``gdn_verify`` and ``gdn_prefill``, stay automatic.
+    A bare provider's name speaks of attention: delta rules, a dict's ``gdn_verify`` and ``gdn_prefill``, stay automatic. A name
+    that no attention provider has speaks of its stage's delta rules: ``{"prefill": "fla"}`` is ``{"gdn_prefill": "fla"}``.
 
     Raises:
         BackendError: as ``check_backend``.
@@ -100,9 +107,18 @@ def wanted(backend: Backend, stage: str) -> str:
     check_backend(backend)
     if isinstance(backend, str):
         return AUTO if stage in DELTA_OPS and backend != TUNE else backend
+    if stage in DELTA_OPS:
+        name = backend.get(stage.removeprefix("gdn_"), AUTO)
+        return backend.get(stage, name if delta_only(name) else AUTO)
     if stage == "draft_extend" and stage not in backend:
         stage = "draft"
-    return backend.get(stage, AUTO)
+    name = backend.get(stage, AUTO)
+    return AUTO if delta_only(name) else name
+
+
+def delta_only(name: str) -> bool:
+    """Whether ``name`` is a provider of gated delta rules and of nothing else."""
+    return name in providers.DELTA_PROVIDERS and name not in providers.PROVIDERS
 
 
 # ----------------------------------------------------------------------------------------------------------------------

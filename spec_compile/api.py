@@ -46,7 +46,8 @@ def spec_compile(
             None for compiled decoding without speculation.
         backend: attention kernels: ``"auto"`` (by hardware and need), ``"tune"`` (the fastest, timed once on this device and
             remembered), a provider's name, or a dict of these by stage (``"prefill"``, ``"verify"``, ``"draft"``,
-            ``"draft_extend"``): ``{"prefill": "flashinfer", "verify": "fa4"}``. A stage the dict leaves out is automatic.
+            ``"draft_extend"``): ``{"prefill": "flashinfer", "verify": "fa4"}``. A stage the dict leaves out is automatic. Gated
+            delta nets have keys of their own, ``"gdn_verify"`` and ``"gdn_prefill"``.
         config: options; see ``SpecConfig``.
         **overrides: single fields of ``SpecConfig`` by keyword.
 

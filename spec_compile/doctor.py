@@ -59,7 +59,8 @@ def examine() -> list[Check]:
     """Every check, in the order of the report. Imports torch and the kernel providers."""
     device = _main_device()
     kernels = _providers(device)
-    return [*_versions(), *_hardware(), *kernels, *_drafts(device, kernels), *_toolchain(), *_extras()]
+    drafts = _drafts(device, kernels)
+    return [*_versions(), *_hardware(), *kernels, *_delta_providers(device), *drafts, *_toolchain(), *_extras()]
 
 
 def verdict(checks: list[Check]) -> str:
@@ -168,6 +169,29 @@ def _providers(hardware: Hardware) -> list[Check]:
         words = [str(availability.version if availability.ok else availability.problem), f"on {hardware.arch}: {summary(row)}"]
         words += [f"first choice for {', '.join(first)}"] if first else []
         checks.append(Check("Attention kernels", name, "ok" if availability.ok else "optional", "; ".join(words)))
+    return checks
+
+
+def _delta_providers(hardware: Hardware) -> list[Check]:
+    """The same of gated delta nets, from the table's cells for Qwen3-Next's heads."""
+    from spec_compile.support_matrix import DELTA_MODES, delta_refusals, providers
+
+    checks = []
+    for name in providers.DELTA_PROVIDERS:
+        try:
+            refusals = delta_refusals(name, hardware)
+            availability = providers.load_for(DELTA_MODES["prefill"], name).probe()
+        except Exception as error:  # as above
+            detail = f"cannot be probed: {type(error).__name__}: {error}"
+            checks.append(Check("Gated delta nets", name, "problem", detail, "reinstall it, or report this"))
+            continue
+        able = [mode for mode in DELTA_MODES if mode not in refusals]
+        if not able:
+            detail = f"not on {hardware.arch}: {next(iter(refusals.values()))}"
+            checks.append(Check("Gated delta nets", name, "optional", detail))
+            continue
+        words = f"{availability.version if availability.ok else availability.problem}; on {hardware.arch}: {', '.join(able)}"
+        checks.append(Check("Gated delta nets", name, "ok" if availability.ok else "optional", words))
     return checks
 
 

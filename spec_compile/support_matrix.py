@@ -38,7 +38,7 @@ _PROMPT_NODE = replace(_WINDOW_NODE, op="prefill_attention", stage="prefill", ba
 MODES = {"prefill": _PROMPT_NODE, "chain": _WINDOW_NODE, "tree": replace(_WINDOW_NODE, is_tree=True)}
 
 _DELTA_NODE = DeltaNode("gdn_verify", "verify", 1, 4, 16, 32, 128, 128, False, torch.bfloat16)  # Qwen3-Next, Qwen3.5-4B
-_DELTA_MODES = {
+DELTA_MODES = {
     "prefill": replace(_DELTA_NODE, op="gdn_prefill", stage="prefill", batch=None, num_tokens=None),
     "chain": _DELTA_NODE,
     "tree": replace(_DELTA_NODE, is_tree=True),
@@ -212,14 +212,16 @@ def _delta_section() -> list[str]:
     lines += ["| hardware | stages | order | why |", "|---|---|---|---|", *map(_order, DELTA_RULES), ""]
     lines += [f"| | {' | '.join(device.arch for device in DEVICES)} |", "|---" * (len(DEVICES) + 1) + "|"]
     for name in providers.DELTA_PROVIDERS:
-        cells = [_where(_delta_modes(name, device), list(_DELTA_MODES)) for device in DEVICES]
+        refused = [delta_refusals(name, device) for device in DEVICES]
+        cells = [_where([mode for mode in DELTA_MODES if mode not in reasons], list(DELTA_MODES)) for reasons in refused]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 
 
-def _delta_modes(name: str, hardware: Hardware) -> list[str]:
-    able = {mode: providers.load_for(node, name).supports(node, hardware) is None for mode, node in _DELTA_MODES.items()}
-    return [mode for mode, yes in able.items() if yes]
+def delta_refusals(name: str, hardware: Hardware) -> dict[str, str]:
+    """The modes of ``DELTA_MODES`` that a provider of gated delta rules does not take on ``hardware``, with its reasons."""
+    asked = {mode: providers.load_for(node, name).supports(node, hardware) for mode, node in DELTA_MODES.items()}
+    return {mode: reason for mode, reason in asked.items() if reason is not None}
 
 
 def _table(device: Hardware) -> list[str]:

@@ -111,6 +111,21 @@ def test_an_unknown_provider_is_an_error_that_lists_the_known_ones(backend):
     assert all(name in str(error.value) for name in (*providers.PROVIDERS, "auto", "tune"))
 
 
+def test_a_provider_of_delta_rules_alone_speaks_of_its_stages():
+    """``fla`` has no attention: named for a stage it takes the stage's delta rules, and attention there is automatic."""
+    assert "fla" not in providers.PROVIDERS
+    for backend in ({"prefill": "fla"}, {"gdn_prefill": "fla"}, {"prefill": "triton", "gdn_prefill": "fla"}):
+        assert wanted(backend, "gdn_prefill") == "fla" and wanted(backend, "gdn_verify") == wanted(backend, "verify") == "auto"
+        assert wanted(backend, "prefill") == ("triton" if len(backend) == 2 else "auto")
+    assert wanted({"verify": "fla"}, "gdn_verify") == "fla", "which it refuses, with its reason"
+    assert wanted({"prefill": "flashinfer"}, "gdn_prefill") == "auto", "a name that attention providers have is of attention"
+    for backend in ("fla", {"draft": "fla"}):
+        with pytest.raises(BackendError, match=r"delta rules.*backend={'gdn_verify': 'fla'} or backend={'gdn_prefill': 'fla'}"):
+            check_backend(backend)
+    with pytest.raises(BackendError, match=r"for gdn_prefill; choose .* fla"):
+        check_backend({"gdn_prefill": "flash"})
+
+
 def test_an_unknown_stage_is_an_error_that_lists_the_known_ones():
     with pytest.raises(BackendError, match=r"verfy.*prefill, verify, draft, draft_extend"):
         check_backend({"verfy": "torch"})

@@ -243,7 +243,7 @@ def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_schema_is_the_generic_ops() -> None:
     ours = str(delta_flashinfer.lower(NODE)._schema).replace("gdn_verify_flashinfer", "gdn_verify")
     assert ours == str(ops.gdn_verify._opoverload._schema)
-    assert set(providers.names(NODE)) == {"torch", "triton", "flashinfer"}
+    assert set(providers.names(NODE)) == {"torch", "triton", "flashinfer", "fla"}
 
 
 def test_example_arguments_mean_something() -> None:

@@ -37,7 +37,7 @@ def test_the_page_needs_nothing_installed():
         "import sys\n"
         "class Nothing:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        if name.split('.')[0] in ('triton', 'flashinfer', 'flash_attn', 'aiter'):\n"
+        "        if name.split('.')[0] in ('triton', 'flashinfer', 'flash_attn', 'aiter', 'fla'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Nothing())\n"
         "from spec_compile.support_matrix import markdown; sys.stdout.write(markdown())"
@@ -122,6 +122,22 @@ def test_doctor_says_what_the_page_says(device: Hardware, monkeypatch: pytest.Mo
             )
         else:
             assert check.status == "optional" and check.detail == f"not on {device.arch}: {row.refusal}"
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.arch)
+def test_doctor_says_who_runs_delta_rules(device: Hardware, monkeypatch: pytest.MonkeyPatch):
+    absent = Availability(None, "not installed: pip install it")
+    monkeypatch.setattr(providers.load_for(support_matrix.DELTA_MODES["prefill"], "fla"), "probe", lambda: absent)
+    monkeypatch.setattr(doctor, "_main_device", lambda: device)
+    rules = {check.name: check for check in doctor.examine() if check.group == "Gated delta nets"}
+    assert set(rules) == set(providers.DELTA_PROVIDERS)
+    fla = rules["fla"]
+    assert fla.status == "optional"
+    if device.is_cuda:
+        assert fla.detail == f"not installed: pip install it; on {device.arch}: prefill"
+    else:
+        assert fla.detail.startswith("not on cpu: fla's kernels need a CUDA or ROCm device")
+    assert rules["torch"].status == "ok" and rules["torch"].detail.startswith(torch.__version__)
 
 
 def test_doctor_tells_what_is_missing_from_what_is_of_no_use(monkeypatch: pytest.MonkeyPatch):

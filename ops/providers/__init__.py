@@ -9,6 +9,7 @@ Nothing of a provider's dependencies is imported before ``probe()``. ``docs/addi
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,7 @@ DELTA_PROVIDERS: dict[str, str] = {
     "torch": "spec_compile.ops.providers.delta_torch",
     "triton": "spec_compile.ops.providers.delta_triton",
     "flashinfer": "spec_compile.ops.providers.delta_flashinfer",
+    "fla": "spec_compile.ops.providers.delta_fla",
 }
 
 
@@ -127,10 +129,19 @@ class Lowered:
 
     def __call__(self, *args: object) -> Tensor:
         """One call of the generic op, planned for itself alone: for warming up, testing and timing."""
+        return self.op(*args, *self._planned(args))
+
+    def over_layers(self, layers: Sequence[tuple]) -> None:
+        """A call for every layer's arguments, planned once for all: what a graph does."""
+        planned = self._planned(layers[0])
+        for args in layers:
+            self.op(*args, *planned)
+
+    def _planned(self, args: tuple) -> tuple[Tensor, ...]:
         if self.plan is None:
-            return self.op(*args)
+            return ()
         planned = self.plan(*self.row_arguments(args), *self.plan_args)
-        return self.op(*args, *((planned,) if isinstance(planned, Tensor) else planned))
+        return (planned,) if isinstance(planned, Tensor) else tuple(planned)
 
 
 def as_lowered(result: torch._ops.OpOverload | Lowered) -> Lowered:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -19,7 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from spec_compile.cache_dir import cache_dir
 from spec_compile.hardware import Hardware
@@ -127,17 +127,9 @@ def microseconds(node: Node, name: str, device: torch.device) -> float:
     lowered = providers.as_lowered(provider.lower(node))
     layers = example_layers(node, device)
 
-    def step() -> None:
-        planned: tuple[Tensor, ...] = ()
-        if lowered.plan is not None:
-            result = lowered.plan(*lowered.row_arguments(layers[0]), *lowered.plan_args)
-            planned = (result,) if isinstance(result, Tensor) else result
-        for args in layers:
-            lowered.op(*args, *planned)
-
     milliseconds = eager_milliseconds if node.num_tokens is None else graph_milliseconds
     with torch.cuda.device(device), torch.no_grad():
-        return milliseconds(step) * 1e3 / len(layers)
+        return milliseconds(functools.partial(lowered.over_layers, layers)) * 1e3 / len(layers)
 
 
 def example_layers(node: Node, device: torch.device) -> list[tuple]:

@@ -1,10 +1,11 @@
-"""Kernels of gated delta nets against one contract (see ``gdn_contract``): Triton's, and FlashInfer's on a device.
+"""Kernels of gated delta nets against one contract (see ``gdn_contract``): Triton's, and fla's and FlashInfer's on a device.
 
 The Triton kernels run in the interpreter too (see ``kernel_checks``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import random
@@ -33,8 +34,9 @@ from gdn_contract import (
 from spec_compile.hardware import detect_hardware
 from spec_compile.ops import linear_attention as generic
 from spec_compile.ops import providers
-from spec_compile.ops.kernels import gdn, gdn_prefill, gdn_window
+from spec_compile.ops.kernels import gdn, gdn_prefill, gdn_unit, gdn_window
 from spec_compile.ops.providers import DeltaNode
+from spec_compile.ops.providers.delta_examples import example_arguments
 
 pytestmark = [pytest.mark.gpu, needs_kernels]
 
@@ -105,7 +107,7 @@ def test_windows_of_many_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("lengths", [(1,), (5, 2, 70), (3, 64, 1, 129)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (5, 2, 0, 70), (3, 64, 1, 129)], ids=str)
 def test_prompts(lengths: tuple[int, ...], dtype: str) -> None:
     check_prompts(implementation(), lengths, dtype=DTYPES[dtype])
 
@@ -133,6 +135,67 @@ def test_save_window(heads: Heads) -> None:
     same(there[6].cpu(), pool.kv_window[0])
     torch.testing.assert_close(there[7].cpu(), pool.gate_window[0], rtol=2e-6, atol=1e-6, equal_nan=True)
     same(weights.cpu(), torch.stack([w.A_log.float(), w.dt_bias.float()]))
+
+
+@pytest.mark.parametrize("heads", [SMALL, UNEVEN, Heads(2, 2, 16, 16)], ids=["grouped", "uneven", "alike"])
+def test_unit_prompts(heads: Heads) -> None:
+    """Queries and keys of length 1, also of zeros; values bit by bit; out of views, for tokens that fill no block."""
+    q, k, v = split(torch.randn(37, heads.channels).bfloat16(), heads)
+    q[5] = 0
+    found = gdn_unit.unit_prompts(*(to_device(x) for x in (q, k, v)))
+    assert all(x.is_contiguous() and x.dtype == torch.bfloat16 for x in found)
+    for dense, x in zip(found, (q, k), strict=False):
+        torch.testing.assert_close(dense.cpu(), generic.unit_length(x.float()).bfloat16(), rtol=1e-2, atol=0)
+    same(found[2].cpu(), v.contiguous())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fla
+
+
+PROMPTS = DeltaNode("gdn_prefill", "prefill", None, None, 16, 32, 128, 128, False, torch.bfloat16)
+
+
+def fla() -> Implementation:
+    provider = providers.load_for(PROMPTS, "fla")
+    problem = provider.supports(PROMPTS, detect_hardware(DEVICE)) or provider.probe().problem
+    if problem is not None:
+        pytest.skip(problem)
+    return dataclasses.replace(implementation(), gdn_prefill=provider.lower(PROMPTS))
+
+
+# Few shapes and types: fla tunes its kernels for each, 34 of them in the first run, most of a minute.
+@needs_device
+@pytest.mark.parametrize("lengths", [(1,), (0, 3, 64, 1, 129, 0), (300, 65)], ids=str)
+def test_fla(lengths: tuple[int, ...]) -> None:
+    heads = MODELS["qwen3-next, qwen3.5-4b"]
+    check_prompts(fla(), lengths, heads=heads, dtype=torch.bfloat16, rounded_between=True)
+
+
+@needs_device
+def test_fla_on_another_model() -> None:
+    check_prompts(fla(), (200, 65), heads=MODELS["qwen3.5-27b"], dtype=torch.bfloat16, rounded_between=True)
+
+
+@needs_device
+def test_fla_on_uneven_dims() -> None:
+    check_prompts(fla(), (66, 3), heads=UNEVEN, dtype=torch.float16, bias=True, rounded_between=True)
+
+
+@needs_device
+def test_prefills_of_fla_do_not_share_their_rows() -> None:
+    """It remembers lists of chunks by tensor: the same boundaries' tensor with other contents must not be taken for them."""
+    prefill = fla().gdn_prefill
+    q, k, v, *gates, one, _, cu_seqlens, scale = example_arguments(PROMPTS, torch.device(DEVICE), num_tokens=200, live=True)
+    state, slots = one.new_zeros(3, *one.shape[1:]), torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 0, 200], dtype=torch.int32, device=DEVICE)
+    for middle in (3, 130):
+        cu_seqlens[1] = middle
+        out = prefill(q, k, v, *gates, state, slots, cu_seqlens, scale)
+        expected_state, rest = torch.zeros_like(state, dtype=torch.float64), (slots, cu_seqlens, scale)
+        expected = generic.prefill_reference(*(x.double() for x in (q, k, v)), *gates, expected_state, *rest)
+        close(out, expected.cpu(), torch.bfloat16, 2)
+        close(state[1:], expected_state[1:].cpu(), torch.bfloat16, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
