@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from spec_compile.runtime.state_pool import StateLayout, StatePool, allocate
 TAPS = 4
 MEMORY_SHARE = 0.4  # of the free memory, for the layers of a cell
 COMMITTED = (3, 1, 8)  # tokens that stand
+PROMPT_LAYERS = 8  # that share what a provider plans for a prefill
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell("verify", shape, batch, tokens, True, name)
         for batch, tokens in itertools.product(args.batches, args.committed):
             yield Cell("commit", shape, batch, tokens, False, "library")
-        for tokens, name in itertools.product(args.prompts, (*args.providers, "fla")):
+        for tokens, name in itertools.product(args.prompts, args.providers):
             yield Cell("prefill", shape, 1, tokens, False, name)
 
 
@@ -141,8 +141,6 @@ class Bench:
     def refusal(self, cell: Cell) -> str | None:
         if cell.kind == "commit":
             return None
-        if cell.provider == "fla":
-            return None if importlib.util.find_spec("fla") else "flash-linear-attention is not installed"
         return select_backend.refusal(cell.provider, cell.node, self.hardware)
 
     def layers(self, layer_bytes: int, least: int = 4) -> int:
@@ -200,14 +198,22 @@ class Bench:
         return pool
 
     def prefill(self, cell: Cell) -> dict[str, Any]:
+        provider = providers.load_for(cell.node, cell.provider)
+        provider.warm_up(cell.node, self.device)
         args = example_arguments(cell.node, self.device, num_tokens=cell.tokens, live=True)
-        call = fla_call(args) if cell.provider == "fla" else functools.partial(self.lowered(cell), *args)
-        error = self.error(call(), expected_prompt(args))
-        ms = shapes.median_ms(call, str(self.device), 20 if self.cuda else 3)
-        return {"us": round(ms * 1e3, 1), "tokens_per_second": round(cell.tokens / ms * 1e3), "error": error}
-
-    def lowered(self, cell: Cell) -> Callable[..., Tensor]:
-        return providers.load_for(cell.node, cell.provider).lower(cell.node)
+        own = STATE_PLACES["gdn_prefill"]
+        layers = [tuple(x.clone() if place in own else x for place, x in enumerate(args)) for _ in range(PROMPT_LAYERS)]
+        lowered = providers.as_lowered(provider.lower(cell.node))
+        error = self.error(lowered(*args), expected_prompt(args))
+        call = functools.partial(lowered.over_layers, layers)
+        ms = shapes.median_ms(call, str(self.device), 20 if self.cuda else 3) / PROMPT_LAYERS
+        return {
+            "us": round(ms * 1e3, 1),
+            "tokens_per_second": round(cell.tokens / ms * 1e3),
+            "error": error,
+            "layers": PROMPT_LAYERS,
+            "auto": select_backend.choose(cell.node, (0,), self.hardware).provider,
+        }
 
     def figures(self, us: float, spread: float, size: int) -> dict[str, Any]:
         floor = size / self.bandwidth["bytes_per_second"] * 1e6
@@ -256,18 +262,6 @@ def expected_prompt(args: tuple) -> Tensor:
     return ops.prefill_reference(*(x.double() for x in heads), *weights, states, slots, cu_seqlens, scale)
 
 
-def fla_call(args: tuple) -> Callable[[], Tensor]:
-    """flash-linear-attention's chunked rule as a model calls it: heads repeated and gates computed before, untimed."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    q, k, v, a, b, A_log, dt_bias, _, _, cu_seqlens, scale = args
-    group = v.shape[1] // k.shape[1]
-    q, k = (x.repeat_interleave(group, 1)[None] for x in (q, k))
-    g, beta = (x[None] for x in ops.gates(a, b, A_log, dt_bias))
-    options = {"scale": scale, "output_final_state": True, "use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens.long()}
-    return lambda: chunk_gated_delta_rule(q, k, v[None].contiguous(), g=g, beta=beta.to(v.dtype), **options)[0][0]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -276,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-next", "qwen3.5-27b"])
-    parser.add_argument("--providers", nargs="+", choices=providers.DELTA_PROVIDERS, default=["triton", "flashinfer"])
+    parser.add_argument("--providers", nargs="+", choices=providers.DELTA_PROVIDERS, default=["triton", "flashinfer", "fla"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4, 8, 2, 16], help="of a window")
     parser.add_argument("--committed", nargs="+", type=int, default=list(COMMITTED), help="tokens that stand")

@@ -30,9 +30,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _windows(rows: list[Row]) -> list[str]:
     found = _by(rows, "verify", ("batch", "tokens", "tree"))
-    if not found:
+    if not _figured(found):
         return []
-    names = list(dict.fromkeys(name for group in found.values() for name in group))
+    names = _figured(found)
     header = ["batch", "window", *(f"{name}: µs a layer (% of bandwidth, error)" for name in names), "auto"]
     header += ["floor µs", "a state a token would write, µs"]
     body = []
@@ -63,7 +63,7 @@ def _commits(rows: list[Row]) -> list[str]:
 
 def _prompts(rows: list[Row]) -> list[str]:
     found = _by(rows, "prefill", ("tokens",))
-    names = list(dict.fromkeys(n for group in found.values() for n, row in group.items() if row["status"] == "ok"))
+    names = _figured(found)
     if not names:
         return []
     body = []
@@ -73,9 +73,15 @@ def _prompts(rows: list[Row]) -> list[str]:
             row = group.get(name)
             good = row is not None and row["status"] == "ok"
             texts.append(f"{row['us']:,.0f} ({row['error']:.0e})" if good else "–")
-        body.append([str(tokens), *texts])
-    header = ["prompt tokens", *(f"{name}: µs a layer (error)" for name in names)]
-    return ["", "Prompts, one row, launched from the host.", "", *_table(header, body)]
+        body.append([str(tokens), *texts, next((row["auto"] for row in group.values() if row["status"] == "ok"), "–")])
+    header = ["prompt tokens", *(f"{name}: µs a layer (error)" for name in names), "auto"]
+    title = "Prompts, one row, launched from the host; layers share what is planned for a prefill."
+    return ["", title, "", *_table(header, body)]
+
+
+def _figured(found: dict[tuple, dict[str, Row]]) -> list[str]:
+    """Whoever has a figure among these; the others stand under the tables."""
+    return list(dict.fromkeys(name for group in found.values() for name, row in group.items() if row["status"] == "ok"))
 
 
 def _by(rows: Iterable[Row], kind: str, names: tuple[str, ...]) -> dict[tuple, dict[str, Row]]:

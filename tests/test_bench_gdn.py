@@ -18,7 +18,7 @@ import gdn_report
 
 from spec_compile.ops import linear_attention as ops
 
-TINY = ["--shapes", "tiny", "--device", "cpu", "--providers", "torch", "flashinfer", "--batches", "2", "--tokens", "4"]
+TINY = ["--shapes", "tiny", "--device", "cpu", "--providers", "torch", "flashinfer", "fla", "--batches", "2", "--tokens", "4"]
 TINY += ["--committed", "3", "--prompts", "70"]
 
 
@@ -33,7 +33,7 @@ def test_every_kind_of_cell(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     bench_gdn.main([*TINY, "--json", str(out), *drawn])
     result = json.loads(out.read_text())
     rows = {(row["kind"], row["tree"], row["provider"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 2 * 2 + 1 + 3
+    assert len(rows) == len(result["rows"]) == 2 * 3 + 1 + 3
     state = 4 * 2 * 16 * 16
     for tree in (False, True):
         row = rows["verify", tree, "torch"]
@@ -44,9 +44,12 @@ def test_every_kind_of_cell(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert commit["status"] == "ok" and commit["error"] < 1e-5
     assert commit["state_bytes"] == 2 * 2 * 2 * state, "two rows, two layers, read and written"
     assert rows["prefill", False, "torch"]["error"] < 1e-2 and rows["prefill", False, "torch"]["tokens_per_second"] > 0
+    assert rows["prefill", False, "torch"]["auto"] == "torch"
     assert "NVIDIA" in rows["verify", False, "flashinfer"]["reason"]
+    assert "prompts only" in rows["verify", True, "fla"]["reason"] and "ROCm device" in rows["prefill", False, "fla"]["reason"]
     printed = capsys.readouterr().out
     assert "| 2 | 4 tree | **" in printed and "2 cells of flashinfer, verify: refused" in printed
+    assert "| prompt tokens | torch: µs a layer (error) | auto |" in printed, "those without any figure have no column"
     assert gdn_report.markdown(result) in printed and plot.exists() == bool(drawn)
 
 
@@ -65,7 +68,7 @@ def test_a_second_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyte
     asked.clear()
     bench_gdn.main([*TINY, "--json", str(out), "--batches", "2", "5"])
     assert set(asked) == {cell for cell in first if cell.kind == "prefill"} | {c for c in asked if c.batch == 5}
-    assert len(json.loads(out.read_text())["rows"]) == len(first) + 5, "four windows and a commit more"
+    assert len(json.loads(out.read_text())["rows"]) == len(first) + 7, "six windows and a commit more"
     changed = json.loads(out.read_text())
     changed["meta"]["device"] = "another"
     out.write_text(json.dumps(changed))
@@ -98,11 +101,11 @@ def test_a_wrong_kernel_shows_in_the_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_whole_grid_in_order() -> None:
-    """Every window of both models by both providers, chains and trees; the quick one is a part of it."""
+    """Every window of both models by every provider, chains and trees; the quick one is a part of it."""
     cells = list(bench_gdn.cells(bench_gdn.parse(["--device", "cuda"])))
     windows = [cell for cell in cells if cell.kind == "verify"]
-    assert len(set(cells)) == len(cells) and len(windows) == 2 * 3 * 4 * 2 * 2
+    assert len(set(cells)) == len(cells) and len(windows) == 2 * 3 * 4 * 2 * 3
     assert {(c.batch, c.tokens) for c in windows} == {(b, n) for b in (1, 8, 32) for n in (2, 4, 8, 16)}
     quick = list(bench_gdn.cells(bench_gdn.parse(["--device", "cuda", "--quick"])))
-    assert set(quick) < set(cells) and len(quick) == 2 * 4 + 2 + 3
+    assert set(quick) < set(cells) and len(quick) == 2 * 6 + 2 + 3
     assert bench_gdn.SHAPES["qwen3-next"].state_bytes == 2 * 2**20
