@@ -39,6 +39,7 @@ from spec_compile.passes import select_backend
 from spec_compile.runtime.state_pool import StateLayout, StatePool, allocate
 
 TAPS = 4
+KINDS = ("verify", "commit", "prefill")
 MEMORY_SHARE = 0.4  # of the free memory, for the layers of a cell
 COMMITTED = (3, 1, 8)  # tokens that stand
 PROMPT_LAYERS = 8  # that share what a provider plans for a prefill
@@ -76,7 +77,7 @@ SHAPES = {
 class Cell:
     """One figure. ``tokens`` of a window, of a prompt, or that stand; ``batch`` is 1 for a prompt."""
 
-    kind: str  # "verify", "commit" or "prefill"
+    kind: str  # of KINDS
     shape: str
     batch: int
     tokens: int
@@ -99,7 +100,11 @@ class Cell:
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    """In order of importance: a run that is cut off should have measured the first ones."""
+    """Those of the kinds asked for, in order of importance: a run that is cut off should have measured the first ones."""
+    return (cell for cell in _all_cells(args) if cell.kind in args.kinds)
+
+
+def _all_cells(args: argparse.Namespace) -> Iterator[Cell]:
     for shape in args.shapes:
         for batch, tokens in itertools.product(args.batches, args.tokens):
             for name in args.providers:
@@ -271,6 +276,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-next", "qwen3.5-27b"])
     parser.add_argument("--providers", nargs="+", choices=providers.DELTA_PROVIDERS, default=["triton", "flashinfer", "fla"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4, 8, 2, 16], help="of a window")
     parser.add_argument("--committed", nargs="+", type=int, default=list(COMMITTED), help="tokens that stand")

@@ -108,4 +108,9 @@ def test_the_whole_grid_in_order() -> None:
     assert {(c.batch, c.tokens) for c in windows} == {(b, n) for b in (1, 8, 32) for n in (2, 4, 8, 16)}
     quick = list(bench_gdn.cells(bench_gdn.parse(["--device", "cuda", "--quick"])))
     assert set(quick) < set(cells) and len(quick) == 2 * 6 + 2 + 3
+    prompts = list(bench_gdn.cells(bench_gdn.parse(["--device", "cuda", "--kinds", "prefill"])))
+    assert prompts == [cell for cell in cells if cell.kind == "prefill"]
+    assert {(c.shape, c.tokens, c.provider) for c in prompts} == {
+        (s, n, p) for s in ("qwen3-next", "qwen3.5-27b") for n in (512, 2048, 8192) for p in ("triton", "flashinfer", "fla")
+    }
     assert bench_gdn.SHAPES["qwen3-next"].state_bytes == 2 * 2**20

@@ -198,6 +198,14 @@ def test_prefills_of_fla_do_not_share_their_rows() -> None:
         close(state[1:], expected_state[1:].cpu(), torch.bfloat16, 2)
 
 
+@needs_device
+def test_fla_is_registered_as_it_behaves() -> None:
+    lowered = fla().gdn_prefill
+    args = example_arguments(PROMPTS, torch.device(DEVICE), num_tokens=100, live=True)
+    opcheck(lowered.plan, (args[9],))
+    opcheck(lowered.op, (*args, lowered.plan(args[9])))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # FlashInfer
 
