@@ -75,49 +75,116 @@ def _window(
 
 
 @triton.jit
+def _product(x, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """x [R, D] · y [J, D]ᵀ, float32. WIDE: converted before, for the interpreter, which knows no products of bfloat16."""
+    if WIDE:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+
+
+@triton.jit
+def _by_state(x, state, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """x [R, D] · state [V, D]ᵀ, float32. Two bfloat16 terms hold 16 bits of a state: 2⁻¹⁷ beside the inputs' own 2⁻⁹."""
+    if x.dtype == tl.bfloat16:
+        high = state.to(tl.bfloat16)
+        low = (state - high.to(tl.float32)).to(tl.bfloat16)
+        product = _product(x, low, WIDE, PRECISION) + _product(x, high, WIDE, PRECISION)
+    else:
+        product = _product(x.to(tl.float32), state, WIDE, PRECISION)
+    return product
+
+
+@triton.jit
 def _verify_kernel(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, state_ptr, kv_window_ptr, gate_window_ptr, slot_ptr, mask_ptr,
     out_ptr, scale,
     q_sb, q_sn, q_sh, k_sb, k_sn, k_sh, v_sb, v_sn, v_sh, a_sb, a_sn, b_sb, b_sn, kv_ss, gate_ss,
     N, VALUE_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WORDS: tl.constexpr, HAS_TREE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    WORDS: tl.constexpr, HAS_TREE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Lines are the window's keys, BLOCK_N of them, and behind them its queries; columns are BLOCK_J keys at a time. Keys' lines
+    solve (I + A) u = β (v - decay · S k) by substitution, queries' lines gather their outputs on the way:
+    both subtract a coefficient times u of every column, one column behind another."""
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     key_head = head // GROUP
     slot = tl.load(slot_ptr + row).to(tl.int64)
-    token = tl.arange(0, BLOCK_N)
+    line = tl.arange(0, 2 * BLOCK_N)
+    token = line % BLOCK_N
+    is_key, is_query = line < BLOCK_N, line >= BLOCK_N
+    valid = token < N
     dim = tl.arange(0, BLOCK_D)
     value = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    valid = token < N
-    keys = valid[:, None] & (dim < D)[None, :]
-    values = valid[:, None] & (value < DV)[None, :]
+    inside = (dim < D)[None, :]
+    values = (value < DV)[None, :]
 
-    q = tl.load(q_ptr + row * q_sb + token[:, None] * q_sn + key_head * q_sh + dim[None, :], mask=keys, other=0.0)
-    k = tl.load(k_ptr + row * k_sb + token[:, None] * k_sn + key_head * k_sh + dim[None, :], mask=keys, other=0.0)
-    v = tl.load(v_ptr + row * v_sb + token[:, None] * v_sn + head * v_sh + value[None, :], mask=values, other=0.0)
+    # Every load that waits for nothing, then the state, then what needs them.
+    q_at = q_ptr + (row * q_sb + key_head * q_sh + token * q_sn)
+    k_at = k_ptr + (row * k_sb + key_head * k_sh + token * k_sn)
+    x = tl.load(tl.where(is_query, q_at, k_at)[:, None] + dim[None, :], mask=valid[:, None] & inside, other=0.0)  # [2N, D]
+    v_at = v_ptr + (row * v_sb + head * v_sh + token * v_sn)
+    kept = (valid & is_key)[:, None] & values
+    v = tl.load(v_at[:, None] + value[None, :], mask=kept, other=0.0)  # [2N, V], zeros in queries' lines
+    a_log, dt_bias = tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head)
     a = tl.load(a_ptr + row * a_sb + token * a_sn + head, mask=valid, other=0.0)
     b = tl.load(b_ptr + row * b_sb + token * b_sn + head, mask=valid, other=0.0)
-    g, beta = gates(a, b, tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head))
+    place = ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
+    if DV % BLOCK_V == 0 and D == BLOCK_D:
+        state = tl.load(state_ptr + place)  # [V, D]
+    else:
+        state = tl.load(state_ptr + place, mask=(value < DV)[:, None] & inside, other=0.0)
+
+    g, beta = gates(a, b, a_log, dt_bias)
+    total = tl.zeros((2 * BLOCK_N,), tl.float32)  # decay along a token's ancestors and its own
+    for start in range(0, BLOCK_N, BLOCK_J):
+        col = start + tl.arange(0, BLOCK_J)
+        visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, col, col < N, WORDS, 1, WORDS, HAS_TREE)
+        a_col = tl.load(a_ptr + row * a_sb + col * a_sn + head, mask=col < N, other=0.0)
+        g_col, _ = gates(a_col, a_col, a_log, dt_bias)
+        total += tl.sum(tl.where(visible, g_col[None, :], 0.0), 1)
+
+    # Products are of vectors as they come, exact in their own dtype; what makes them unit vectors is applied behind them.
+    if BLOCK_J > BLOCK_N:  # one chunk, queries too: squares are on the diagonal of its products
+        products = _product(x, x, WIDE, PRECISION)  # [2N, 2N]
+        squares = tl.sum(tl.where(line[:, None] == line[None, :], products, 0.0), 1)
+    else:
+        squares = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    length = tl.rsqrt(squares + _EPSILON)  # its inverse
+    side = tl.where(is_query, -1.0, beta)
+    found = _by_state(x, state, WIDE, PRECISION) * (tl.exp(total) * length)[:, None]
+    acc = (v.to(tl.float32) - found) * side[:, None]  # [2N, V]
+    for start in range(0, BLOCK_N, BLOCK_J):
+        col = start + tl.arange(0, BLOCK_J)
+        if BLOCK_J <= BLOCK_N:
+            k_col = k_ptr + row * k_sb + key_head * k_sh + col * k_sn
+            k = tl.load(k_col[:, None] + dim[None, :], mask=(col < N)[:, None] & inside, other=0.0)  # [J, D]
+            products = _product(x, k, WIDE, PRECISION)  # [2N, J]
+        visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, col, col < N, WORDS, 1, WORDS, HAS_TREE)
+        own = line[:, None] == col[None, :]  # a key is not behind itself, a query is behind its own key
+        total_col = tl.sum(tl.where(own, total[:, None], 0.0), 0)
+        length_col = tl.sum(tl.where(own, length[:, None], 0.0), 0)
+        between = tl.exp(total[:, None] - total_col[None, :])
+        coefficients = products * (side * length)[:, None] * length_col[None, :] * between
+        coefficients = tl.where(visible & ~own, coefficients, 0.0)
+        for here in range(start, tl.minimum(start + BLOCK_J, N)):
+            u = tl.sum(tl.where(line[:, None] == here, acc, 0.0), 0)  # [V]
+            coefficient = tl.sum(tl.where(col[None, :] == here, coefficients, 0.0), 1)  # [2N]
+            acc -= coefficient[:, None] * u[None, :]
+    at = ((row * N + token) * VALUE_HEADS + head) * DV
+    written = (valid & is_query)[:, None] & values
+    tl.store(out_ptr + at[:, None] + value[None, :], (acc * scale).to(out_ptr.dtype.element_ty), mask=written)
 
     # What the commit will replay. A key head is shared by GROUP value heads: its first one writes it.
     width: tl.constexpr = VALUE_HEADS // GROUP * D + VALUE_HEADS * DV
-    entry = kv_window_ptr + slot * kv_ss + token[:, None] * width
-    tl.store(entry + (VALUE_HEADS // GROUP * D + head * DV) + value[None, :], v, mask=values)
+    entry = kv_window_ptr + slot * kv_ss + token * width
+    tl.store((entry + (VALUE_HEADS // GROUP * D + head * DV))[:, None] + value[None, :], v, mask=kept)
     if tile == 0:
         gate = gate_window_ptr + slot * gate_ss + token * (2 * VALUE_HEADS) + head
-        tl.store(gate, g, mask=valid)
-        tl.store(gate + VALUE_HEADS, beta, mask=valid)
+        tl.store(gate, g, mask=valid & is_key)
+        tl.store(gate + VALUE_HEADS, beta, mask=valid & is_key)
         if head % GROUP == 0:
-            tl.store(entry + key_head * D + dim[None, :], k, mask=keys)
-
-    visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, token, valid, WORDS, 1, WORDS, HAS_TREE)
-    place = ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
-    state = tl.load(state_ptr + place, mask=(value < DV)[:, None] & (dim < D)[None, :], other=0.0)  # [V, D]
-    q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-    out, _, _, _ = _window(q, k, v, g, beta, state, visible, BLOCK_N, LEVELS, PRECISION)
-    at = ((row * N + token)[:, None] * VALUE_HEADS + head) * DV + value[None, :]
-    tl.store(out_ptr + at, (out * scale).to(out_ptr.dtype.element_ty), mask=values)
+            tl.store((entry + key_head * D)[:, None] + dim[None, :], x, mask=(valid & is_key)[:, None] & inside)
 
 
 def gdn_verify(
@@ -134,14 +201,18 @@ def gdn_verify(
     state_slot: Tensor,
     tree_mask: Tensor | None,
     scale: float,
+    *,
+    block_v: int | None = None,
+    num_warps: int | None = None,
 ) -> Tensor:
     batch, num_tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     check_fits(num_tokens, kv_window, gate_window)
     q, k, v, a, b = (_dense_last(x) for x in (q, k, v, a, b))
     out = q.new_empty(v.shape)
-    block_n = max(16, triton.next_power_of_2(num_tokens))
-    block_v = _value_tile(batch * value_heads, value_dim)
+    block_n = max(8, triton.next_power_of_2(num_tokens))
+    if block_v is None:
+        block_v = _value_tile(batch * value_heads, value_dim)
     with torch.cuda.device_of(q):
         _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
             q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, _or_any(tree_mask, state_slot),
@@ -149,9 +220,9 @@ def gdn_verify(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2],
             kv_window.stride(0), gate_window.stride(0),
             num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
-            block_n, block_n.bit_length() - 1, max(16, triton.next_power_of_2(key_dim)), block_v,
-            (num_tokens + 31) // 32, tree_mask is not None, _precision(q),
-            num_warps=4 if block_n <= 32 else 8,
+            block_n, 2 * block_n if block_n <= 16 else 16, max(16, triton.next_power_of_2(key_dim)), block_v,
+            (num_tokens + 31) // 32, tree_mask is not None, not q.is_cuda, _precision(q),
+            num_warps=max(1, block_n // 16) if num_warps is None else num_warps,
         )  # fmt: skip
     return out
 
