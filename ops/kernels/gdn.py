@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.kernels.tree_mask import visible_columns
+from spec_compile.ops.kernels.tree_mask import visible_columns, visible_in_word
 
 _EPSILON = tl.constexpr(1e-6)
 
@@ -104,9 +104,9 @@ def _verify_kernel(
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     WORDS: tl.constexpr, HAS_TREE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Lines are the window's keys, BLOCK_N of them, and behind them its queries; columns are BLOCK_J keys at a time. Keys' lines
-    solve (I + A) u = β (v - decay · S k) by substitution, queries' lines gather their outputs on the way:
-    both subtract a coefficient times u of every column, one column behind another."""
+    """Lines are the window's keys, BLOCK_N of them, and behind them its queries; columns are keys, BLOCK_J at a time. Keys'
+    lines solve (I + A) u = β (v - decay · S k) by substitution, queries' lines gather their outputs on the way: both subtract
+    a coefficient times u of every column, one column behind another."""
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     key_head = head // GROUP
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -139,7 +139,9 @@ def _verify_kernel(
     total = tl.zeros((2 * BLOCK_N,), tl.float32)  # decay along a token's ancestors and its own
     for start in range(0, BLOCK_N, BLOCK_J):
         col = start + tl.arange(0, BLOCK_J)
-        visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, col, col < N, WORDS, 1, WORDS, HAS_TREE)
+        visible = visible_in_word(
+            mask_ptr + row * N * WORDS, token, valid, start, col, (col < N) & (col < BLOCK_N), WORDS, HAS_TREE
+        )
         a_col = tl.load(a_ptr + row * a_sb + col * a_sn + head, mask=col < N, other=0.0)
         g_col, _ = gates(a_col, a_col, a_log, dt_bias)
         total += tl.sum(tl.where(visible, g_col[None, :], 0.0), 1)
@@ -160,7 +162,9 @@ def _verify_kernel(
             k_col = k_ptr + row * k_sb + key_head * k_sh + col * k_sn
             k = tl.load(k_col[:, None] + dim[None, :], mask=(col < N)[:, None] & inside, other=0.0)  # [J, D]
             products = _product(x, k, WIDE, PRECISION)  # [2N, J]
-        visible = visible_columns(mask_ptr + row * N * WORDS, token, valid, col, col < N, WORDS, 1, WORDS, HAS_TREE)
+        visible = visible_in_word(
+            mask_ptr + row * N * WORDS, token, valid, start, col, (col < N) & (col < BLOCK_N), WORDS, HAS_TREE
+        )
         own = line[:, None] == col[None, :]  # a key is not behind itself, a query is behind its own key
         total_col = tl.sum(tl.where(own, total[:, None], 0.0), 0)
         length_col = tl.sum(tl.where(own, length[:, None], 0.0), 0)
@@ -184,7 +188,9 @@ def _verify_kernel(
         tl.store(gate, g, mask=valid & is_key)
         tl.store(gate + VALUE_HEADS, beta, mask=valid & is_key)
         if head % GROUP == 0:
-            tl.store((entry + key_head * D)[:, None] + dim[None, :], x, mask=(valid & is_key)[:, None] & inside)
+            keys = (valid & is_key)[:, None] & inside
+            k = tl.load(k_at[:, None] + dim[None, :], mask=keys)  # again: kept from above, they would fill the registers
+            tl.store((entry + key_head * D)[:, None] + dim[None, :], k, mask=keys)
 
 
 def gdn_verify(
@@ -204,7 +210,9 @@ def gdn_verify(
     *,
     block_v: int | None = None,
     num_warps: int | None = None,
+    max_registers: int | None = None,
 ) -> Tensor:
+    """``block_v``: value dims of a program; it and the others as measured (``benchmarks/bench_gdn.py``) unless given."""
     batch, num_tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     check_fits(num_tokens, kv_window, gate_window)
@@ -213,6 +221,7 @@ def gdn_verify(
     block_n = max(8, triton.next_power_of_2(num_tokens))
     if block_v is None:
         block_v = _value_tile(batch * value_heads, value_dim)
+    limit = {} if max_registers is None else {"maxnreg": max_registers}  # an option of NVIDIA's compiler alone
     with torch.cuda.device_of(q):
         _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
             q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, _or_any(tree_mask, state_slot),
@@ -222,7 +231,7 @@ def gdn_verify(
             num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
             block_n, 2 * block_n if block_n <= 16 else 16, max(16, triton.next_power_of_2(key_dim)), block_v,
             (num_tokens + 31) // 32, tree_mask is not None, not q.is_cuda, _precision(q),
-            num_warps=max(1, block_n // 16) if num_warps is None else num_warps,
+            num_warps=(1 if block_n <= 16 else 4) if num_warps is None else num_warps, **limit,
         )  # fmt: skip
     return out
 

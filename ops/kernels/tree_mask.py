@@ -38,3 +38,14 @@ def visible_columns(mask_ptr, token, valid, col, col_ok, stride_n, stride_w, WOR
     else:
         visible = col[None, :] <= token[:, None]
     return visible & col_ok[None, :]
+
+
+@triton.jit
+def visible_in_word(mask_ptr, token, valid, start, col, col_ok, WORDS: tl.constexpr, HAS_TREE: tl.constexpr):
+    """``visible_columns`` of contiguous masks for columns from ``start`` on that lie in one word of them."""
+    if HAS_TREE:
+        bits = tl.load(mask_ptr + token * WORDS + start // 32, mask=valid, other=0)
+        visible = ((bits[:, None] >> (col % 32)[None, :]) & 1) != 0
+    else:
+        visible = col[None, :] <= token[:, None]
+    return visible & col_ok[None, :]
