@@ -20,6 +20,8 @@ fla/ops/utils/index.py and fla/utils/, and what follows here:
   of that tensor (``tensor_cache``), not its contents. ``gdn_prefill_rows`` makes a new tensor for every prefill, which its
   layers share: one sync for all of them, and no list of another prefill's;
 * its kernels are tuned by what is called first, whatever its length: ``warm_up`` calls with a long prompt;
+* that memory and Triton's autotuner, which keeps a call's arguments in itself while it looks for a configuration, are not for
+  several threads: one at a time calls it;
 * with FlashQLA installed it hands calls over, but not with gates computed in the kernel: what runs is what was read.
 
 fla is imported by warm-up, in seconds: it makes a CUDA context, and on Blackwell it sets Triton's allocator.
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import threading
 
 import torch
 from torch import Tensor
@@ -44,6 +47,7 @@ INSTALL = "pip install 'spec-compile[fla]'"
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KEY_DIM = 256
 _TUNED_FOR = 2048  # prompt tokens
+_LOCK = threading.Lock()
 
 
 def probe() -> Availability:
@@ -133,7 +137,7 @@ def gdn_prefill_fla(
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = gdn_unit.unit_prompts(q, k, v)
-    with torch.no_grad():  # weights may ask for gradients, for which fla would keep its intermediate results
+    with _LOCK, torch.no_grad():  # weights may ask for gradients, for which fla would keep its intermediate results
         out, final = chunk_gated_delta_rule(
             q[None], k[None], v[None], a[None], b[None], scale=scale, output_final_state=True, state_v_first=True,
             use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True, cu_seqlens=rows,
