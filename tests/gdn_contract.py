@@ -285,17 +285,21 @@ def check_prompts(
     heads: Heads = Heads(),
     dtype: torch.dtype = torch.float32,
     bias: bool = False,
-    rounded_between: bool = False,
+    rounded: int = 0,
+    steep: bool = False,
 ) -> None:
     """Packed prompts from empty states, shorter ones than the convolution reaches among them, and empty ones.
 
     Args:
-        rounded_between: whether the implementation rounds to ``dtype`` between its kernels: then the states, too, are only as
-            good as that, and everything is within twice its rounding.
+        rounded: how often the implementation rounds to ``dtype`` on the way, if at all: then the states, too, are only as good
+            as that, and everything is within so many of its roundings.
+        steep: every third token forgets everything and the others hardly anything.
     """
     device, scale, rows = implementation.device, heads.key_dim**-0.5, len(lengths)
     pool = random_pool(rows + 1, 2, heads, dtype)
     window = random_window(1, sum(lengths), heads, dtype, bias=bias)
+    if steep:
+        window.a.fill_(-6)[:, ::3] = 300
     there, w = pool.to(device), window.to(device)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     cu_seqlens, slots = bounds.to(device, torch.int32), there.slots[:rows]
@@ -315,9 +319,8 @@ def check_prompts(
         part = Window(**{**vars(window), **{name: getattr(window, name)[:, here] for name in ("x", "a", "b")}})
         walked = step_by_step(part, 0, [-1, *range(lengths[row] - 1)], *empty, heads, y[here].cpu(), scale)
         close(y[here], walked.conv, dtype)
-        times = 2 if rounded_between else 1
-        close(out[here], walked.out, dtype, times)
-        close(there.state[1, slot], walked.states[-1], dtype if rounded_between else torch.float32, times)
+        close(out[here], walked.out, dtype, max(rounded, 1))
+        close(there.state[1, slot], walked.states[-1], dtype if rounded else torch.float32, max(rounded, 1))
         close(there.conv_state[1, slot], walked.histories[-1], torch.float64)
     others = [slot for slot in range(before.shape[1]) if slot not in slots.tolist()]
     same(there.state[0], before[0]), same(there.state[1, others], before[1, others])

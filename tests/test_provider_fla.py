@@ -147,7 +147,7 @@ def test_prompts(lengths: tuple[int, ...], dtype: torch.dtype, monkeypatch: pyte
     """The common contract: outputs, and states in their rows' slots and nowhere else."""
     rule = install(monkeypatch)
     fla = Implementation(ops.conv_verify, ops.gdn_verify, ops.gdn_commit, ops.conv_prefill, delta_fla.lower(NODE))
-    check_prompts(fla, lengths, heads=Heads(8, 16, 8, 12), dtype=dtype, rounded_between=True)
+    check_prompts(fla, lengths, heads=Heads(8, 16, 8, 12), dtype=dtype, rounded=2)
     assert len(rule.launches) == 1
 
 

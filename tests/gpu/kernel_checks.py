@@ -13,6 +13,10 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    import interpreted_bfloat16
+
+    interpreted_bfloat16.install()
 
 needs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),

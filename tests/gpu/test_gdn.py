@@ -48,6 +48,7 @@ MODELS = {  # key heads, value heads, dims; published config.json files
     "qwen3.5-27b": Heads(16, 48, 128, 128),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDED = {"fp32": 0, "bf16": 1, "fp16": 1}  # products of a prompt
 SHAPES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 
 
@@ -106,10 +107,15 @@ def test_windows_of_many_rows() -> None:
     check_window(implementation(), rows=33, num_tokens=4, tree=True, heads=MODELS["qwen3-next, qwen3.5-4b"])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("lengths", [(1,), (5, 2, 0, 70), (3, 64, 1, 129)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(1,), (0, 5, 2, 0, 70, 0), (63, 64, 65), (3, 64, 1, 129)], ids=str)
 def test_prompts(lengths: tuple[int, ...], dtype: str) -> None:
-    check_prompts(implementation(), lengths, dtype=DTYPES[dtype])
+    check_prompts(implementation(), lengths, dtype=DTYPES[dtype], rounded=ROUNDED[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_of_steep_decays(dtype: str) -> None:
+    check_prompts(implementation(), (70, 40), dtype=DTYPES[dtype], rounded=ROUNDED[dtype], steep=True)
 
 
 def test_prompts_of_uneven_dims() -> None:
@@ -119,7 +125,7 @@ def test_prompts_of_uneven_dims() -> None:
 @needs_device
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_of_models(model: str) -> None:
-    check_prompts(implementation(), (300, 65), heads=MODELS[model], dtype=torch.bfloat16)
+    check_prompts(implementation(), (300, 65), heads=MODELS[model], dtype=torch.bfloat16, rounded=1)
 
 
 @pytest.mark.parametrize("heads", [SMALL, UNEVEN, Heads(2, 2, 16, 16)], ids=["grouped", "uneven", "alike"])
@@ -169,17 +175,17 @@ def fla() -> Implementation:
 @pytest.mark.parametrize("lengths", [(1,), (0, 3, 64, 1, 129, 0), (300, 65)], ids=str)
 def test_fla(lengths: tuple[int, ...]) -> None:
     heads = MODELS["qwen3-next, qwen3.5-4b"]
-    check_prompts(fla(), lengths, heads=heads, dtype=torch.bfloat16, rounded_between=True)
+    check_prompts(fla(), lengths, heads=heads, dtype=torch.bfloat16, rounded=2)
 
 
 @needs_device
 def test_fla_on_another_model() -> None:
-    check_prompts(fla(), (200, 65), heads=MODELS["qwen3.5-27b"], dtype=torch.bfloat16, rounded_between=True)
+    check_prompts(fla(), (200, 65), heads=MODELS["qwen3.5-27b"], dtype=torch.bfloat16, rounded=2)
 
 
 @needs_device
 def test_fla_on_uneven_dims() -> None:
-    check_prompts(fla(), (66, 3), heads=UNEVEN, dtype=torch.float16, bias=True, rounded_between=True)
+    check_prompts(fla(), (66, 3), heads=UNEVEN, dtype=torch.float16, bias=True, rounded=2)
 
 
 @needs_device
