@@ -322,6 +322,24 @@ def conv_verify(
 
 
 @triton.jit
+def _node(path_ptr, path, step, HAS_PATH: tl.constexpr):
+    """Window index of a token that stands."""
+    node = step
+    if HAS_PATH:
+        node = tl.load(path_ptr + path + step)
+    return node
+
+
+@triton.jit
+def _token(keys, values, gate, node, dim, value, width, VALUE_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr):
+    """Key [C, W], value [V], log-decay and strength of a window's token, as the window kept them."""
+    k = tl.load(keys + node * width + dim, mask=dim < D, other=0.0)
+    v = tl.load(values + node * width + value, mask=value < DV, other=0.0)
+    at = gate + node * (2 * VALUE_HEADS)
+    return k, v, tl.load(at), tl.load(at + VALUE_HEADS)
+
+
+@triton.jit
 def _commit_kernel(
     state_ptr, conv_ptr, kv_window_ptr, gate_window_ptr, conv_window_ptr, slot_ptr, path_ptr, count_ptr,
     state_sl, conv_sl, kv_sl, gate_sl, conv_window_sl, kv_ss, gate_ss, conv_window_ss, conv_ss,
@@ -334,24 +352,38 @@ def _commit_kernel(
     if count == 0:
         return
     slot = tl.load(slot_ptr + row).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
+    # Key dims as [C, W]: 8 lanes hold the W dims of a line and one thread all C of a value dim, so that what is summed over
+    # key dims goes through 3 shuffles. Lines are loaded as a matrix, whose layout is the same in every release of Triton.
+    WIDTH: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
+    CHUNKS: tl.constexpr = BLOCK_D // WIDTH
+    dim = tl.arange(0, CHUNKS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     value = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (value < DV)[:, None] & (dim < D)[None, :]
-    place = state_ptr + layer * state_sl + ((slot * VALUE_HEADS + head) * DV + value)[:, None] * D + dim[None, :]
-    state = tl.load(place, mask=inside, other=0.0)  # [V, D]
+    line = tl.arange(0, CHUNKS * BLOCK_V)
+    line_value = tile * BLOCK_V + line % BLOCK_V
+    line_dim = (line // BLOCK_V * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    inside = (line_value < DV)[:, None] & (line_dim < D)
+    place = (layer * state_sl + ((slot * VALUE_HEADS + head) * DV + line_value) * D)[:, None] + line_dim
+    state = tl.load(state_ptr + place, mask=inside, other=0.0).reshape(CHUNKS, BLOCK_V, WIDTH)
     width: tl.constexpr = VALUE_HEADS // GROUP * D + VALUE_HEADS * DV
-    entries = kv_window_ptr + layer * kv_sl + slot * kv_ss
+    keys = kv_window_ptr + layer * kv_sl + slot * kv_ss + (head // GROUP) * D
+    values = kv_window_ptr + layer * kv_sl + slot * kv_ss + VALUE_HEADS // GROUP * D + head * DV
     gate = gate_window_ptr + layer * gate_sl + slot * gate_ss + head
+    path, last = row * PATH_LENGTH, count - 1
+    k, v, g, beta = _token(keys, values, gate, _node(path_ptr, path, 0, HAS_PATH), dim, value, width, VALUE_HEADS, D, DV)
+    following = _node(path_ptr, path, tl.minimum(1, last), HAS_PATH)
     for step in range(count):
-        node = tl.load(path_ptr + row * PATH_LENGTH + step) if HAS_PATH else step
-        k = tl.load(entries + node * width + (head // GROUP) * D + dim, mask=dim < D, other=0.0).to(tl.float32)
-        at = node * width + VALUE_HEADS // GROUP * D + head * DV + value
-        v = tl.load(entries + at, mask=value < DV, other=0.0).to(tl.float32)
-        k = k * tl.rsqrt(tl.sum(k * k, 0) + _EPSILON)
-        state *= tl.exp(tl.load(gate + node * (2 * VALUE_HEADS)))
-        u = tl.load(gate + node * (2 * VALUE_HEADS) + VALUE_HEADS) * (v - tl.sum(state * k[None, :], 1))
-        state += u[:, None] * k[None, :]
-    tl.store(place, state, mask=inside)
+        # The next token while this one is worked on: the last asks for itself again.
+        k_next, v_next, g_next, beta_next = _token(keys, values, gate, following, dim, value, width, VALUE_HEADS, D, DV)
+        following = _node(path_ptr, path, tl.minimum(step + 2, last), HAS_PATH)
+        wide = k.to(tl.float32)
+        squares = wide[:, None, :] * wide[:, None, :] + tl.zeros_like(state)  # once a value dim: no warp waits for another
+        length = tl.rsqrt(tl.sum(tl.sum(squares, 0), 1) + _EPSILON)  # its inverse, [V]
+        decay = tl.exp(g)
+        found = tl.sum(tl.sum(state * wide[:, None, :], 0), 1) * length * decay  # [V]
+        u = beta * (v.to(tl.float32) - found) * length
+        state = state * decay + u[None, :, None] * wide[:, None, :]
+        k, v, g, beta = k_next, v_next, g_next, beta_next
+    tl.store(state_ptr + place, state.reshape(CHUNKS * BLOCK_V, WIDTH), mask=inside)
 
     if tile == 0:  # each head's first program also moves its share of the convolution's inputs
         channel = head * tl.cdiv(C, VALUE_HEADS) + tl.arange(0, BLOCK_C)
@@ -382,11 +414,14 @@ def gdn_commit(
     state_slot: Tensor,
     path: Tensor | None,
     count: Tensor,
+    *,
+    block_v: int = 16,
+    num_warps: int = 1,
 ) -> None:
     layers, _, value_heads, value_dim, key_dim = state.shape
     key_heads = (kv_window.shape[-1] - value_heads * value_dim) // key_dim
     channels, stored = conv_state.shape[-1], conv_state.shape[2]
-    block_v = _value_tile(layers * value_heads * count.shape[0], value_dim)
+    block_v = min(block_v, triton.next_power_of_2(value_dim))
     with torch.cuda.device_of(state):
         _commit_kernel[(triton.cdiv(value_dim, block_v), layers * value_heads, count.shape[0])](
             state, conv_state, kv_window, gate_window, conv_window, state_slot, path, count,
@@ -394,5 +429,5 @@ def gdn_commit(
             *(x.stride(1) for x in (kv_window, gate_window, conv_window, conv_state)),
             channels, 0 if path is None else path.shape[1], value_heads, value_heads // key_heads, key_dim, value_dim, stored,
             max(16, triton.next_power_of_2(key_dim)), block_v, triton.next_power_of_2(stored),
-            triton.next_power_of_2(triton.cdiv(channels, value_heads)), path is not None,
+            triton.next_power_of_2(triton.cdiv(channels, value_heads)), path is not None, num_warps=num_warps,
         )  # fmt: skip
