@@ -123,7 +123,7 @@ RULES = (
 # Gated delta rules. One read of the states serves a whole window in our kernels, trees included.
 DELTA_RULES = (
     Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
-    Rule(("nvidia", "amd"), ("prefill",), ("triton", "fla", "torch"), "one launch a layer; against fla not measured yet"),
+    Rule(("nvidia", "amd"), ("prefill",), ("triton", "fla", "torch"), "two launches a layer; against fla not measured yet"),
     Rule(
         ("nvidia",),
         DECODE,

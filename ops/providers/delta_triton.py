@@ -1,4 +1,4 @@
-"""Gated delta rules by the library's own Triton kernels: chains, trees and packed prompts, windows in one launch a layer, prompts in two.
+"""Gated delta rules by the library's own Triton kernels: chains and trees in one launch a layer, packed prompts in two.
 
 Triton itself is imported by ``probe()`` and by the first call of an op, never by importing this module.
 """
