@@ -41,7 +41,7 @@ def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, JOINED: tl.con
     index = tl.arange(0, _BLOCK)
     row, col = index[None, :, None], index[None, None, :]
     solved = tl.where(row == col, 1.0, 0.0) + tl.zeros_like(diagonal)
-    for token in range(_BLOCK - 1):  # whose row is done: take it off those below
+    for token in tl.static_range(_BLOCK - 1):  # whose row is done: take it off those below
         factor = tl.sum(tl.where(col == token, diagonal, 0.0), 2)
         done = tl.sum(tl.where(row == token, solved, 0.0), 1)
         solved -= factor[:, :, None] * done[:, None, :]
@@ -49,7 +49,7 @@ def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, JOINED: tl.con
 
     row = tl.arange(0, BLOCK_N)[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
-    for level in range(LEVELS):  # a loop that stays one: unrolled, it takes the compiler very long
+    for level in tl.static_range(LEVELS):
         below = ((row >> (level + 4)) ^ (col >> (level + 4))) == 1  # neighbours of one pair; above them the system is 0
         blocks = inverse.to(JOINED)
         right = tl.dot(tl.where(below, system, 0.0).to(JOINED), blocks, input_precision=PRECISION)
@@ -207,6 +207,7 @@ def gdn_prefill(
     block_v: int = 32,
     chunk_block_v: int = 64,
     chunk_warps: int = 4,
+    chunk_registers: int | None = None,
     state_warps: int = 4,
     stages: int | None = None,
 ) -> Tensor:
@@ -218,7 +219,8 @@ def gdn_prefill(
     Args:
         chunk: prompt tokens of a chunk, a power of two of at least 16.
         block_v, state_warps, stages: value dims of a program, warps and pipeline stages of the second launch.
-        chunk_block_v, chunk_warps: value dims taken at once and warps of the first.
+        chunk_block_v, chunk_warps, chunk_registers: value dims taken at once, warps, and the most registers of a thread (None:
+            the compiler's choice; NVIDIA only) of the first.
     """
     key_heads, key_dim = q.shape[1:]
     num_tokens, value_heads, value_dim = v.shape
@@ -245,7 +247,7 @@ def gdn_prefill(
             value_heads, group, key_dim, value_dim, triton.next_power_of_2(rows),
             chunk, (chunk // 16).bit_length() - 1, block_d, block_dv, min(chunk_block_v, block_dv),
             tl.float32 if q.dtype == torch.float32 else tl.float16, precision,
-            num_warps=chunk_warps,
+            num_warps=chunk_warps, **({} if chunk_registers is None else {"maxnreg": chunk_registers}),
         )  # fmt: skip
         _state_kernel[(triton.cdiv(value_dim, block_v), value_heads, rows)](
             k, w, query, u, decay, whole, state, state_slot, cu_seqlens, out, *k.stride()[:2],
