@@ -1,10 +1,10 @@
 """Triton kernels of gated delta nets. Launchers take their op's arguments, documented in ``ops/linear_attention.py``.
 
 A program holds a tile of one head's state, [BLOCK_V, D], and reads it once for a whole window, tree or chain: the window's
-inner dependence is a unit lower triangular system of N × N, inverted in log2(N) steps of two products each. The commit replays
-the tokens that stand, one behind another, over such a tile.
+inner dependence is a unit lower triangular system of N × N, solved by substitution. A tile is narrow enough for one warp, which
+then never waits for another. The commit replays the tokens that stand, one behind another, over such a tile.
 
-Names in shape comments: N window or chunk tokens (padded to BLOCK_N), D key dim, V a tile of the value dim.
+Names in shape comments: N window tokens (padded to BLOCK_N), D key dim, V a tile of the value dim.
 """
 
 from __future__ import annotations
@@ -33,41 +33,6 @@ def gates(a, b, a_log, dt_bias):
     small = e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25)))  # log1p where 1 + e would round e away
     softplus = tl.where(x > 20.0, x, tl.where(e < 0.01, small, tl.log(1.0 + e)))
     return -tl.exp(a_log.to(tl.float32)) * softplus, tl.sigmoid(b.to(tl.float32))
-
-
-@triton.jit
-def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + system)⁻¹ of a strictly lower triangular [N, N]: inverses of diagonal blocks, joined two by two."""
-    row = tl.arange(0, BLOCK_N)[:, None]
-    col = tl.arange(0, BLOCK_N)[None, :]
-    inverse = tl.where(row == col, 1.0, 0.0)
-    # A loop that stays one: unrolled, products of 64 × 64 take the compiler most of a minute.
-    for level in range(LEVELS):
-        size = 1 << level
-        below = (row // (2 * size) == col // (2 * size)) & ((row // size) % 2 == 1) & ((col // size) % 2 == 0)
-        right = tl.dot(tl.where(below, system, 0.0), inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, right, input_precision=PRECISION)
-    return inverse
-
-
-@triton.jit
-def _window(
-    q, k, v, g, beta, state, visible, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Outputs [N, V] of a window over ``state`` [V, D]; also u [N, V], the summed decays [N] and keys of unit length."""
-    index = tl.arange(0, BLOCK_N)
-    q = _unit_length(q)
-    k = _unit_length(k)
-    total = tl.sum(tl.where(visible, g[None, :], 0.0), 1)  # [N]
-    between = tl.where(visible, tl.exp(total[:, None] - total[None, :]), 0.0)
-    strict = tl.where(index[:, None] == index[None, :], 0.0, between)
-    system = beta[:, None] * strict * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    decay = tl.exp(total)[:, None]
-    right = beta[:, None] * (v - decay * tl.dot(k, tl.trans(state), input_precision=PRECISION))
-    u = tl.dot(_inverse(system, BLOCK_N, LEVELS, PRECISION), right, input_precision=PRECISION)
-    weights = between * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    out = decay * tl.dot(q, tl.trans(state), input_precision=PRECISION) + tl.dot(weights, u, input_precision=PRECISION)
-    return out, u, total, k
 
 
 # ----------------------------------------------------------------------------------------------------------------------
