@@ -116,8 +116,8 @@ def test_kernels_of_trees_match_their_ops(interpreter: None) -> None:
 
 
 GDN_CASES = (
-    "(test_windows and 4-fp32-chain or uneven and (tree or prompts) or save_window or unit_prompts or test_prompts and 70"
-    " and bf16) and not (models or fla)"
+    "(test_windows and (4-fp32-chain or 9-bf16-tree) or uneven and (tree or prompts) or save_window or unit_prompts"
+    " or test_prompts and 70 and bf16) and not (models or fla)"
 )
 
 
@@ -125,7 +125,35 @@ def test_kernels_of_delta_rules_match_a_recurrence(interpreter: None) -> None:
     file = Path(__file__).parent / "gpu" / "test_gdn.py"
     result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', {GDN_CASES!r}, '-rA']))")
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("PASSED") == 10 and "SKIPPED" not in result.stdout, result.stdout
+    assert result.stdout.count("PASSED") == 11 and "SKIPPED" not in result.stdout, result.stdout
+
+
+COMPILED_GDN = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spec_compile.ops.kernels.gdn import _commit_kernel, _verify_kernel
+heads = dict(VALUE_HEADS=32, GROUP=2, D=128, DV=128, BLOCK_D=128, BLOCK_V=16)
+window = dict(BLOCK_N=8, BLOCK_J=16, WORDS=1, HAS_TREE=True, WIDE=False, PRECISION="tf32x3")
+commit = dict(STORED=3, BLOCK_K=4, BLOCK_C=256, HAS_PATH=True)
+for kernel, constants in ((_verify_kernel, heads | window), (_commit_kernel, heads | commit)):
+    types = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= dict.fromkeys(("state_ptr", "gate_window_ptr"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("slot_ptr", "mask_ptr", "path_ptr", "count_ptr"), "*i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] in "*i"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    text = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ttgir"]
+    print(text.count("tt.dot "), *[x for x in ("threadsPerWarp = [1, 4, 8]", "bf16, #ttg.dot_op") if x in text], sep=";")
+"""
+
+
+def test_kernels_of_delta_rules_compile_for_hopper() -> None:
+    """What the interpreter does not show: products of bfloat16, and a commit in which 8 lanes share a value dim."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-"], input=COMPILED_GDN, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["3;bf16, #ttg.dot_op", "0;threadsPerWarp = [1, 4, 8]"], result.stdout
 
 
 def node(**changes: object) -> AttentionNode:
