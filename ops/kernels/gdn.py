@@ -177,7 +177,8 @@ def gdn_verify(
     num_warps: int | None = None,
     max_registers: int | None = None,
 ) -> Tensor:
-    """``block_v``: value dims of a program; it and the others as measured (``benchmarks/bench_gdn.py``) unless given."""
+    """``block_v``: value dims of a program, a power of two. It, ``num_warps`` and ``max_registers`` of a thread (for NVIDIA's
+    compiler alone) are chosen here unless given."""
     batch, num_tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     check_fits(num_tokens, kv_window, gate_window)
@@ -383,6 +384,7 @@ def gdn_commit(
     block_v: int = 16,
     num_warps: int = 1,
 ) -> None:
+    """``block_v``: value dims of a program at most, a power of two."""
     layers, _, value_heads, value_dim, key_dim = state.shape
     key_heads = (kv_window.shape[-1] - value_heads * value_dim) // key_dim
     channels, stored = conv_state.shape[-1], conv_state.shape[2]
