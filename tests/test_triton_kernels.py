@@ -125,7 +125,7 @@ def test_kernels_of_delta_rules_match_a_recurrence(interpreter: None) -> None:
     file = Path(__file__).parent / "gpu" / "test_gdn.py"
     result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', {GDN_CASES!r}, '-rA']))")
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("PASSED") == 11 and "SKIPPED" not in result.stdout, result.stdout
+    assert result.stdout.count("PASSED") == 12 and "SKIPPED" not in result.stdout, result.stdout
 
 
 COMPILED_GDN = """

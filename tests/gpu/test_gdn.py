@@ -42,6 +42,7 @@ pytestmark = [pytest.mark.gpu, needs_kernels]
 
 SMALL = Heads()
 UNEVEN = Heads(2, 6, 24, 40)  # no power of 2 anywhere
+LONG = Heads(1, 3, 80, 24)  # a commit takes key dims 32 at a time
 MODELS = {  # key heads, value heads, dims; published config.json files
     "qwen3-next, qwen3.5-4b": Heads(16, 32, 128, 128),
     "qwen3.5-0.8b": Heads(16, 16, 128, 128),
@@ -88,8 +89,9 @@ def test_windows(num_tokens: int, tree: bool, dtype: str) -> None:
 
 
 @SHAPES
-def test_windows_of_uneven_dims(tree: bool) -> None:
-    check_window(implementation(), rows=2, num_tokens=5, tree=tree, heads=UNEVEN, bias=True)
+@pytest.mark.parametrize("heads", [UNEVEN, LONG], ids=["short", "long"])
+def test_windows_of_uneven_dims(heads: Heads, tree: bool) -> None:
+    check_window(implementation(), rows=2, num_tokens=5, tree=tree, heads=heads, bias=True)
 
 
 @needs_device
