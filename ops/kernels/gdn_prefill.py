@@ -119,7 +119,8 @@ def _chunk_kernel(
     q = tl.load(at_q, mask=keys, other=0.0).to(operand)
     products = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     weights = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    unit = tl.rsqrt(tl.sum(tl.where(index[:, None] == index[None, :], products, 0.0), 1) + _EPSILON)  # of keys
+    squares = tl.sum(tl.where(index[:, None] == index[None, :], products, 0.0), 1) + _EPSILON  # of keys' lengths
+    unit = tl.rsqrt(squares)
     tl.store(decay_ptr + place * BLOCK_N + index, tl.exp(tl.minimum(rest, 0.0)) * unit)
     between = (larges[:, None] - larges[None, :]) + (smalls[:, None] - smalls[None, :])
     between = tl.where(index[None, :] <= index[:, None], tl.exp(tl.minimum(between, 0.0)), 0.0) * unit[None, :]
@@ -127,8 +128,10 @@ def _chunk_kernel(
     system = tl.where(index[None, :] < index[:, None], between * products, 0.0) * (beta * unit)[:, None]
     inverse = _inverse(system, BLOCK_N, LEVELS, JOINED, PRECISION)
 
-    left = (inverse * (beta * unit * since)[None, :]).to(operand)
-    inverse = (inverse * beta[None, :]).to(operand)
+    inverse *= (beta * unit)[None, :]
+    left = (inverse * since[None, :]).to(operand)
+    # β alone: as a row it would be computed anew, out of registers kept for it from the beginning.
+    inverse = (inverse * tl.sqrt(squares)[None, :]).to(operand)
     w = tl.dot(left, k, input_precision=PRECISION).to(operand)
     tl.store(w_ptr + across, w)
     q = tl.load(at_q, mask=keys, other=0.0).to(tl.float32)  # again: registers are scarce
