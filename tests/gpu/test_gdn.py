@@ -49,7 +49,7 @@ MODELS = {  # key heads, value heads, dims; published config.json files
     "qwen3.5-27b": Heads(16, 48, 128, 128),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUNDED = {"fp32": 0, "bf16": 1, "fp16": 1}  # products of a prompt
+ROUNDED = {"fp32": 0, "bf16": 2, "fp16": 1}  # in a prompt: four factors of bfloat16 stand one behind another
 SHAPES = pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 
 
@@ -127,7 +127,7 @@ def test_prompts_of_uneven_dims() -> None:
 @needs_device
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_of_models(model: str) -> None:
-    check_prompts(implementation(), (300, 65), heads=MODELS[model], dtype=torch.bfloat16, rounded=1)
+    check_prompts(implementation(), (300, 65), heads=MODELS[model], dtype=torch.bfloat16, rounded=2)
 
 
 @pytest.mark.parametrize("heads", [SMALL, UNEVEN, Heads(2, 2, 16, 16)], ids=["grouped", "uneven", "alike"])
