@@ -36,14 +36,23 @@ def test_against_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
             assert torch.equal(out, torch.ops.spec_compile.skinny_linear(x, weight, *chosen)), "the same sum every time"
 
 
-def test_a_compiled_model_uses_it_where_it_was_measured_faster() -> None:
+def wide_model() -> torch.nn.Module:
+    """Wider layers need smaller weights, or their attention hangs on the last bit of a product."""
     sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "num_hidden_layers": 3}
-    reference = tiny_model("llama", device="cuda", **sizes).bfloat16()
-    model = spec_compile(tiny_model("llama", device="cuda", **sizes).bfloat16(), min_ngram=1, num_steps=3, adaptive=False)
+    model = tiny_model("llama", device="cuda", **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 / 6 if parameter.dim() >= 2 else 1
+    return model.bfloat16()
+
+
+def test_a_compiled_model_uses_it_where_it_was_measured_faster() -> None:
+    reference = wide_model()
+    model = spec_compile(wide_model(), min_ngram=1, num_steps=3, adaptive=False)
     inputs = {name: value.cuda() for name, value in left_padded(2, 21).items()}
     plain = reference.generate(**inputs, max_new_tokens=32, do_sample=False)
     ours = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    assert_equal_up_to_near_ties(reference, inputs, plain, ours, gap=0.25)  # 16 steps at logits of about 4
+    assert_equal_up_to_near_ties(reference, inputs, plain, ours)
     measured = model.spec._engine.compiler.linears
     tried = {key[:3]: choice for key, choice in measured.items() if choice is not None}
     assert (8, 2048, 2048) in tried and (8, 6144, 2048) in tried, "windows of four tokens of two rows"
