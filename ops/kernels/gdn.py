@@ -186,7 +186,7 @@ def gdn_verify(
     out = q.new_empty(v.shape)
     block_n = max(8, triton.next_power_of_2(num_tokens))
     if block_v is None:
-        block_v = _value_tile(batch * value_heads, value_dim)
+        block_v = _value_tile(batch * value_heads, value_dim, num_tokens)
     limit = {} if max_registers is None else {"maxnreg": max_registers}  # an option of NVIDIA's compiler alone
     with torch.cuda.device_of(q):
         _verify_kernel[(triton.cdiv(value_dim, block_v), value_heads, batch)](
@@ -208,10 +208,11 @@ def check_fits(num_tokens: int, *windows: Tensor) -> None:
         raise ValueError(f"a window of {num_tokens} tokens, but window buffers for {[w.shape[1] for w in windows]}.")
 
 
-def _value_tile(tiles: int, value_dim: int) -> int:
-    """Value dims of a program: narrow while that fills the device, wide when heads and rows do it alone."""
+def _value_tile(tiles: int, value_dim: int, num_tokens: int) -> int:
+    """Value dims of a program: narrow while that fills the device, wide when heads and rows do it alone, wider where a long
+    window's products are what takes time (measured on an H200: 111 µs against 173 for trees of 60, batch 8)."""
     widest = max(16, triton.next_power_of_2(value_dim))
-    return min(widest, 16 if tiles < 128 else 32)
+    return min(widest, 16 if tiles < 128 else 32 if num_tokens <= 32 else 64)
 
 
 def _precision(x: Tensor) -> str:
@@ -381,8 +382,8 @@ def gdn_commit(
     path: Tensor | None,
     count: Tensor,
     *,
-    block_v: int = 16,
-    num_warps: int = 1,
+    block_v: int = 32,
+    num_warps: int = 2,
 ) -> None:
     """``block_v``: value dims of a program at most, a power of two."""
     layers, _, value_heads, value_dim, key_dim = state.shape

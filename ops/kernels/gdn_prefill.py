@@ -28,6 +28,11 @@ from spec_compile.ops.kernels.gdn import _EPSILON, _dense_last, _precision, gate
 
 _BLOCK = tl.constexpr(16)  # tokens whose system is solved row by row: a warp's rows of a product's result
 
+# Products of 64 rows over four warps become Hopper's wgmma, and of those Triton 3.6 compiled some for these kernels that read
+# outside shared memory (compute-sanitizer on an H200: 16 key dims, and 128 without pipelining) and gave wrong results. Chunks
+# of 32 tokens, and two warps where a product has as many rows as a key has dims, keep to mma.
+_MAX_CHUNK = 32
+
 
 @triton.jit
 def _inverse(system, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr):
@@ -207,11 +212,11 @@ def gdn_prefill(
     scale: float,
     *,
     chunk: int,
-    block_v: int = 32,
+    block_v: int = 16,
     chunk_block_v: int = 64,
     chunk_warps: int = 4,
     chunk_registers: int | None = None,
-    state_warps: int = 4,
+    state_warps: int = 2,
     stages: int | None = None,
 ) -> Tensor:
     """As ``spec_compile::gdn_prefill``, in two launches: all chunks at once, then each prompt's chunks one behind another.
@@ -220,7 +225,7 @@ def gdn_prefill(
     up to powers of 2: 24 KiB a token for 32 heads of 128 dims. It is bfloat16 for bfloat16 inputs, otherwise float32.
 
     Args:
-        chunk: prompt tokens of a chunk, a power of two of at least 16.
+        chunk: the most prompt tokens of a chunk, a power of two of at least 16.
         block_v, state_warps, stages: value dims of a program, warps and pipeline stages of the second launch.
         chunk_block_v, chunk_warps, chunk_registers: value dims taken at once, warps, and the most registers of a thread (None:
             the compiler's choice; NVIDIA only) of the first.
@@ -233,8 +238,7 @@ def gdn_prefill(
     block_d = max(16, triton.next_power_of_2(key_dim))
     block_dv = max(16, triton.next_power_of_2(value_dim))
     operand, precision = _operands(q)
-    if q.dtype == torch.float32:
-        chunk = min(chunk, 32)  # each product is three: those of 64 tokens leave the registers
+    chunk = min(chunk, _MAX_CHUNK)
     tiles = num_tokens // chunk + rows
     w, query = (q.new_empty(tiles, value_heads, chunk, block_d, dtype=operand) for _ in range(2))
     u = q.new_empty(tiles, value_heads, chunk, block_dv, dtype=operand)

@@ -120,14 +120,16 @@ def test_prompts_of_steep_decays(dtype: str) -> None:
     check_prompts(implementation(), (70, 40), dtype=DTYPES[dtype], rounded=ROUNDED[dtype], steep=True)
 
 
+@needs_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_prompts_of_models(model: str, dtype: str) -> None:
+    """Chunks that are full, and last ones that are not."""
+    check_prompts(implementation(), (70, 128, 5, 200), heads=MODELS[model], dtype=DTYPES[dtype], rounded=ROUNDED[dtype])
+
+
 def test_prompts_of_uneven_dims() -> None:
     check_prompts(implementation(), (66, 3), heads=UNEVEN, bias=True)
-
-
-@needs_device
-@pytest.mark.parametrize("model", MODELS)
-def test_prompts_of_models(model: str) -> None:
-    check_prompts(implementation(), (300, 65), heads=MODELS[model], dtype=torch.bfloat16, rounded=2)
 
 
 @pytest.mark.parametrize("heads", [SMALL, UNEVEN, Heads(2, 2, 16, 16)], ids=["grouped", "uneven", "alike"])
