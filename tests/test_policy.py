@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+import statistics
 
 import pytest
 
@@ -167,3 +169,40 @@ def test_times_follow_the_newest_observations():
     for ms in (10.0, 20.0):
         policy.observe(2, FULL, [2], ms)
     assert policy.round_ms[FULL] == pytest.approx(13.0)
+
+
+# Milliseconds of rounds of 0, 2 and 5 drafts, 8B with an EAGLE-3 head on an H200 (benchmarks/results/h200-adaptive.json)
+H200_MS = {8: {PLAIN: 4.74, SHORT: 5.6, FULL: 6.55}, 64: {PLAIN: 6.42, SHORT: 8.87, FULL: 13.85}}
+
+
+def speedup_of_a_call(batch: int, rate: float, new_tokens: int = 192) -> float:
+    """Tokens a second of a first call over plain decoding's, each draft accepted with probability ``rate``; the host knows of a
+    round when the next one runs. Rows end apart, and rounds of few rows cost what those of all cost."""
+    ms = H200_MS[batch]
+    policy = DraftPolicy(tuple(ms), dict(ms))
+    left, spent, unseen = [new_tokens] * batch, 0.0, []
+    while any(left):
+        shape, lengths = policy.choose(None), []
+        for row in (row for row in range(batch) if left[row]):
+            accepted = next((n for n in range(shape.num_steps) if random.random() >= rate), shape.num_steps)
+            lengths.append(min(accepted + 1, left[row]))
+            left[row] -= lengths[-1]
+        spent += ms[shape]
+        unseen.append((shape, lengths))
+        if len(unseen) > 1:
+            seen, lengths = unseen.pop(0)
+            policy.observe(None, seen, lengths, ms[seen])
+    return new_tokens * ms[PLAIN] / spent
+
+
+@pytest.mark.parametrize("batch", H200_MS)
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.3, 0.4])
+def test_a_call_that_drafts_in_vain_is_hardly_slower_than_a_plain_one(batch: int, rate: float):
+    """Where drafting just about pays too: what all rows win then, the last ones lose."""
+    assert statistics.mean(speedup_of_a_call(batch, rate) for _ in range(20)) > 0.975
+
+
+def test_a_call_that_drafts_well_is_as_fast_as_it_can_be():
+    assert statistics.mean(speedup_of_a_call(8, 0.9) for _ in range(5)) > 2.7, (
+        "of 3.4 with full rounds and rows that end together"
+    )
