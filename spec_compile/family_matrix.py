@@ -119,6 +119,7 @@ _EAGLE_ON_GPU = "tests/gpu/test_eagle.py::test_float32_text_equals_plain_generat
 _GPU = "tests/gpu/test_end_to_end.py::test_float32_text_equals_plain_generate[{family}]"
 _MTP = "tests/test_mtp_generate.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 _MTP_FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen2", *_RECURRENT)
+_MTP_ON_GPU = "tests/gpu/test_mtp.py::test_float32_text_equals_plain_generate"
 _BLOCKS = "tests/test_dflash_rounds.py::test_heads_that_know_nothing_and_heads_that_know_the_text[{family}]"
 PROOFS = (
     Proof(("n-gram",), "tests/test_families.py::test_ngram_drafts[{family}]", _EVERY),
@@ -132,6 +133,8 @@ PROOFS = (
     Proof(("EAGLE-3 tree",), "tests/test_windows.py::test_eagle3_trees[{family}]", _WINDOWED),
     Proof(("DFlash chain",), _BLOCKS, _EAGLE_FAMILIES),
     Proof(("MTP chain", "MTP tree"), _MTP, _MTP_FAMILIES),
+    Proof(("MTP chain",), f"{_MTP_ON_GPU}[{{family}}-3/1/4]", _MTP_FAMILIES, gpu=True),
+    Proof(("MTP tree",), f"{_MTP_ON_GPU}[{{family}}-3/2/6]", _MTP_FAMILIES, gpu=True),
     Proof(("n-gram",), "tests/test_recurrent.py::test_ngram_drafts[{family}]", _RECURRENT),
     Proof(("EAGLE-3 chain",), "tests/test_recurrent.py::test_eagle3_chains[{family}]", _RECURRENT),
     Proof(("EAGLE-3 tree",), "tests/test_recurrent.py::test_eagle3_trees[{family}]", _RECURRENT),
