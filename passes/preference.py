@@ -121,7 +121,7 @@ RULES = (
 
 
 # Gated delta rules. One read of the states serves a whole window in our kernels, trees included. The nvidia rows stand on
-# benchmarks/results/h200-gdn.json: one H200, Qwen3-Next's and Qwen3.5-4B's heads in bfloat16. fla in another run on that kind of
+# benchmarks/results/h200-gdn.json: an H200, Qwen3-Next's and Qwen3.5-4B's heads in bfloat16. fla in another run on that kind of
 # card, launched from the host: 1.4 / 1.0 / 1.7 ms a layer for prompts of 512 / 2048 / 8192 tokens (triton: 0.14 / 0.22 / 0.69).
 DELTA_RULES = (
     Rule(("cpu",), STAGES, ("torch",), "nothing else runs on a CPU"),
