@@ -140,7 +140,7 @@ class ModelRunner:
             if shape not in self._captured:
                 self._captured[shape] = capture()
             graph = prepare_graph(self._captured[shape].copy())
-            self._programs[key] = build_program(graph, compiler, single_token=shape[1:3] == (1, 1))
+            self._programs[key] = build_program(graph, compiler)
             self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
         program = self._programs[key]
         if not program.bound:

@@ -21,7 +21,6 @@ import spec_compile.ops
 from spec_compile.hardware import Hardware
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.partition import segment_key
-from spec_compile.runtime.device_time import graph_milliseconds
 from spec_compile.runtime.skinny_linears import Known, use_skinny_linears
 
 Caches = dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv") -> [P, page_size, ...]
@@ -66,22 +65,18 @@ class SegmentCompiler:
     artifacts: dict[str, Callable] = field(default_factory=dict)
     linears: Known = field(default_factory=dict)
 
-    def prepare(self, gm: fx.GraphModule, *, single_token: bool) -> fx.GraphModule:
-        """Replace every segment of a partitioned graph by its compiled form.
-
-        Args:
-            single_token: the graph computes one token of one row: its linears are matrix-vector products.
-        """
+    def prepare(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """Replace every segment of a partitioned graph by its compiled form."""
         if self.mode == "none":
             return gm
         for call in [n for n in gm.graph.nodes if n.op == "call_module"]:
             if any(_is_row_index(arg) for arg in call.args):
                 continue  # as many rows as prompts: a shape Dynamo did not see and Inductor would fix
             segment = gm.get_submodule(call.target)
-            setattr(gm, call.target, CompiledSegment(segment, segment_key(segment), self, single_token))
+            setattr(gm, call.target, CompiledSegment(segment, segment_key(segment), self))
         return gm
 
-    def compile(self, key: str, segment: fx.GraphModule, args: tuple, single_token: bool) -> Callable:
+    def compile(self, key: str, segment: fx.GraphModule, args: tuple) -> Callable:
         """The artifact of ``segment``: for exactly these shapes, or for every packed length if one is symbolic."""
         if key not in self.artifacts:
             start = time.perf_counter()
@@ -90,16 +85,10 @@ class SegmentCompiler:
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
             fixed = {"post_grad_custom_pre_pass": salt} | (_DYNAMIC_SORT if symbolic and _sorts(segment) else {})
-            candidates = []
-            for options in _inductor_options(self.hardware, single_token):
-                candidate = copy.deepcopy(segment)
-                tunes_linears = "coordinate_descent_tuning" in options
-                if self.hardware.vendor == "nvidia" and not symbolic and not tunes_linears:
-                    use_skinny_linears(candidate, args, self.linears)
-                candidates.append(_compile(candidate, examples, fixed | options))
-            if len(candidates) > 1:
-                candidates.sort(key=lambda artifact: graph_milliseconds(functools.partial(artifact, *args)))
-            self.artifacts[key] = candidates[0]
+            segment = copy.deepcopy(segment)  # which is changed below and by Inductor
+            if self.hardware.vendor == "nvidia" and not symbolic:
+                use_skinny_linears(segment, args, self.linears)
+            self.artifacts[key] = _compile(segment, examples, fixed | _inductor_options(self.hardware))
             self.seconds += time.perf_counter() - start
         return self.artifacts[key]
 
@@ -126,32 +115,27 @@ def _is_row_index(arg: object) -> bool:
     return isinstance(binding, RuntimeInput) and binding.name == "logit_index"
 
 
-def _inductor_options(hardware: Hardware, single_token: bool) -> list[dict[str, object]]:
-    """Ways to compile a segment; with more than one, the fastest on this device is kept.
+def _inductor_options(hardware: Hardware) -> dict[str, object]:
+    """On a GPU rounds are captured by us, and small independent kernels (query and key rotation) become one launch.
 
-    On a GPU rounds are captured by us, and small independent kernels (query and key rotation) become one launch. A single
-    token's matrix-vector products can also become Triton reductions with norm and activation fused in, which coordinate
-    descent tunes. On an H200 an 8B decode step falls from 4.7 to 4.1–4.3 ms that way, but the tuner sometimes ends in a bad
-    corner (6.2 ms was seen), so it has to win against cuBLAS first. Programmatic
-    dependent launch (``triton.enable_pdl``) was tried on an H200 and gained nothing (4.55 ms a step with and without).
+    Tried on an H200 and left out: programmatic dependent launch (``triton.enable_pdl``: 4.55 ms a step with and without), and
+    for single tokens ``coordinate_descent_tuning``: its fused matrix-vector products took most of 22 to 30 s to tune (8B) and
+    lost to cuBLAS beside ``skinny_linear`` in every segment, of a 4B hybrid in all but one that runs once.
     """
-    if not hardware.is_cuda:
-        return [{}]
-    plain: dict[str, object] = {"triton.cudagraphs": False, "combo_kernels": True}
-    return [plain, {"triton.cudagraphs": False, "coordinate_descent_tuning": True}] if single_token else [plain]
+    return {"triton.cudagraphs": False, "combo_kernels": True} if hardware.is_cuda else {}
 
 
 class CompiledSegment(nn.Module):
     """A segment that compiles itself on its first call."""
 
-    def __init__(self, segment: fx.GraphModule, key: str, compiler: SegmentCompiler, single_token: bool) -> None:
+    def __init__(self, segment: fx.GraphModule, key: str, compiler: SegmentCompiler) -> None:
         super().__init__()
         object.__setattr__(self, "source", segment)  # not a submodule: its parameters are the caller's business
-        self.key, self.compiler, self.single_token, self.artifact = key, compiler, single_token, None
+        self.key, self.compiler, self.artifact = key, compiler, None
 
     def forward(self, *args):
         if self.artifact is None:
-            self.artifact = self.compiler.compile(self.key, self.source, args, self.single_token)
+            self.artifact = self.compiler.compile(self.key, self.source, args)
             object.__setattr__(self, "source", None)
         out = self.artifact(*args)
         # split_module expects a segment with one output to return it bare; Inductor's callables return a sequence.
@@ -190,7 +174,7 @@ class StageProgram:
         return self.gm(*args)
 
 
-def build_program(graph: StageGraph, compiler: SegmentCompiler, *, single_token: bool) -> StageProgram:
-    """The program of a partitioned graph, without kernels yet. ``single_token`` as in ``SegmentCompiler.prepare``."""
-    compiler.prepare(graph.gm, single_token=single_token)
+def build_program(graph: StageGraph, compiler: SegmentCompiler) -> StageProgram:
+    """The program of a partitioned graph, without kernels yet."""
+    compiler.prepare(graph.gm)
     return StageProgram(graph)
