@@ -94,6 +94,20 @@ def check_backend(backend: Backend) -> None:
             )
 
 
+def check_delta_rules(backend: Backend) -> None:
+    """For a model without gated delta nets: what ``backend`` says about them would say nothing.
+
+    Raises:
+        BackendError: it names a provider of theirs.
+    """
+    for stage, name in backend.items() if isinstance(backend, Mapping) else ():
+        if stage in DELTA_OPS or delta_only(name):
+            raise BackendError(
+                f"backend={dict(backend)!r}: {stage!r} names {name!r} for gated delta nets, and this model has none: leave "
+                "that entry out."
+            )
+
+
 def wanted(backend: Backend, stage: str) -> str:
     """What ``backend`` says about ``stage``: a provider's name, ``"auto"`` or ``"tune"``.
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from stage_graphs import Input, attention_inputs, find, mla_inputs, names, stage_graph
+from tiny import tiny_model
 
+from spec_compile import spec_compile
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
@@ -436,3 +438,9 @@ def test_value_heads_of_another_width_and_low_precision_are_seen(stubs):
     (choice,) = select_backend(graph, H200, "auto", 64)
     assert (choice.node.head_dim, choice.node.v_head_dim) == (8, 5)
     assert choice.node.dtype == choice.node.kv_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [{"prefill": "fla"}, {"gdn_prefill": "fla"}, {"gdn_verify": "triton"}])
+def test_providers_of_delta_rules_mean_nothing_to_a_model_without_them(backend: dict[str, str]) -> None:
+    with pytest.raises(BackendError, match="for gated delta nets, and this model has none: leave that entry out"):
+        spec_compile(tiny_model("llama", num_hidden_layers=1), draft=None, backend=backend, compile="none")

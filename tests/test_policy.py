@@ -119,6 +119,18 @@ def test_a_batch_counts_the_rows_that_got_there():
     assert [(p.accepted, p.tried) for p in policy.seen[2, False][:3]] == [(3, 4), (2, 3), (0, 2)]
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_however_many_rows_lost_a_source_comes_back_as_soon(rows: int):
+    policy = measured()
+    for _ in range(20):
+        policy.observe(3, FULL, [1] * rows, MS[FULL])
+    waited = 0
+    while policy.choose(3) == PLAIN:
+        policy.observe(3, PLAIN, [1] * rows, MS[PLAIN])
+        waited += 1
+    assert 10 < waited < 60
+
+
 def test_many_rows_tell_in_one_round_what_one_row_tells_in_many():
     """Drafting costs a large batch most, so it must not go on for rounds only because a guess said so."""
     many, one = measured(), measured()

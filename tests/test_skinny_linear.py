@@ -110,7 +110,11 @@ def test_linears_of_a_few_tokens_are_replaced_where_the_kernel_is_faster(measure
     assert measurements == [(6, *WIDE), (8, *WIDE)], "each shape once, and never one of more tokens than the kernel takes"
 
 
-@pytest.mark.parametrize("what", ["bias", "float32", "small", "transposed", "computed"])
+class Stored(Tensor):
+    """A weight that is stored in a way of its own, as quantised ones are."""
+
+
+@pytest.mark.parametrize("what", ["bias", "float32", "small", "transposed", "computed", "stored"])
 def test_other_linears_stay(what: str, measurements: list[tuple]):
     dtype = torch.float32 if what == "float32" else torch.bfloat16
     n, k = (WIDE[0] // 2, WIDE[1]) if what == "small" else WIDE
@@ -121,5 +125,6 @@ def test_other_linears_stay(what: str, measurements: list[tuple]):
         "computed": lambda x, w, b: F.linear(x, w * 2) + b,
     }.get(what, lambda x, w, b: F.linear(x, w) + b)
     gm = segment(forward, x, weight, bias)
+    weight = weight.as_subclass(Stored) if what == "stored" else weight
     assert use_skinny_linears(gm, (x, weight, bias), {}) == 0
     assert "linear" in targets(gm) and measurements == []

@@ -189,7 +189,7 @@ def test_what_it_shows_of_itself() -> None:
     model = spec_compile(tiny_model("llama", num_hidden_layers=1), draft="ngram", compile="none")
     spec = model.spec
     assert re.fullmatch(r"<spec_compile on: draft ngram, .+>", repr(spec))
-    assert str(spec.stats()) == "no generate() call yet"
+    assert str(spec.stats()) == "no generate() call has ended yet"
     with spec.disable():
         assert repr(spec).startswith("<spec_compile off: ")
     spec.remove()

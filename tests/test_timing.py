@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.runtime.decode import Timing
+from spec_compile.runtime.decode import RoundResult, Timing, _accept_lengths
 
 
 @dataclass
@@ -53,3 +53,9 @@ def test_a_rounds_milliseconds_reach_to_the_next_rounds_start():
     rounds = [(chain(0), 4.0), (chain(5), 8.0), (chain(2), 5.0)]
     assert timing(rounds, gap=1.0).round_milliseconds() == [5.0, 9.0]
     assert Timing().round_milliseconds() == []
+
+
+def test_rows_that_end_within_their_window_were_not_refused():
+    """Cut off by the length asked for: what was drafted behind it was judged, but nobody can tell how."""
+    result = RoundResult([[5], [5, 6, 7], [5, 6], []], [True, True, False, True], drafted=2, promise=[3] * 4)
+    assert _accept_lengths(result, [0, 1, 2, 3], chain(2)) == [3, 2]

@@ -133,6 +133,7 @@ def _verify_kernel(
         own = line[:, None] == col[None, :]  # a key is not behind itself, a query is behind its own key
         total_col = tl.sum(tl.where(own, total[:, None], 0.0), 0)
         length_col = tl.sum(tl.where(own, length[:, None], 0.0), 0)
+        # Sums in float32: a window whose decays come to 1e4 and more would lose weak ones behind them (prompts do not).
         between = tl.exp(total[:, None] - total_col[None, :])
         coefficients = products * (side * length)[:, None] * length_col[None, :] * between
         coefficients = tl.where(visible & ~own, coefficients, 0.0)
@@ -197,7 +198,7 @@ def gdn_verify(
             num_tokens, value_heads, value_heads // key_heads, key_dim, value_dim,
             block_n, 2 * block_n if block_n <= 16 else 16, max(16, triton.next_power_of_2(key_dim)), block_v,
             (num_tokens + 31) // 32, tree_mask is not None, not q.is_cuda, _precision(q),
-            num_warps=(1 if block_n <= 16 else 4) if num_warps is None else num_warps, **limit,
+            num_warps=_verify_warps(block_n, key_dim, q.dtype) if num_warps is None else num_warps, **limit,
         )  # fmt: skip
     return out
 
@@ -206,6 +207,14 @@ def check_fits(num_tokens: int, *windows: Tensor) -> None:
     """Kernels write a window's tokens into ``windows`` [S, W, …] without looking where its slot ends."""
     if any(num_tokens > window.shape[1] for window in windows):
         raise ValueError(f"a window of {num_tokens} tokens, but window buffers for {[w.shape[1] for w in windows]}.")
+
+
+def _verify_warps(block_n: int, key_dim: int, dtype: torch.dtype) -> int:
+    """One where a window's products fit a warp. Four make Hopper's wgmma of larger ones, which Triton 3.6 has compiled wrong
+    (gdn_prefill.py says where): only for what every model so far has and tests on an H200 cover."""
+    if block_n <= 16:
+        return 1
+    return 4 if key_dim == 128 and dtype in (torch.bfloat16, torch.float32) else 2
 
 
 def _value_tile(tiles: int, value_dim: int, num_tokens: int) -> int:

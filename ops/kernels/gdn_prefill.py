@@ -79,8 +79,8 @@ def _chunk_kernel(
     JOINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head: all that does not depend on the state."""
-    head = tl.program_id(0)
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)  # the axis without a limit of 65535
+    head = tl.program_id(1)
     rows = tl.arange(0, BLOCK_B)
     starts = tl.load(cu_seqlens_ptr + rows, mask=rows < num_rows, other=0)
     first_tiles = tl.where(rows < num_rows, starts // BLOCK_N + rows, 2147483647)
@@ -248,7 +248,7 @@ def gdn_prefill(
     if stages is None:
         stages = 2 if operand == torch.bfloat16 else 1  # what fits into shared memory
     with torch.cuda.device_of(q):
-        _chunk_kernel[(value_heads, tiles)](
+        _chunk_kernel[(tiles, value_heads)](
             q, k, v, a, b, A_log, dt_bias, cu_seqlens, w, query, u, decay, whole, out, rows, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
             value_heads, group, key_dim, value_dim, triton.next_power_of_2(rows),

@@ -1,7 +1,7 @@
 """Gated delta rules of packed prompts by flash-linear-attention, ``chunk_gated_delta_rule`` (fla-core 0.6.0).
 
-Its chunks of 64 tokens are computed at once, but for one pass over each prompt's states: seven kernels where ``triton`` walks
-a prompt in one. Windows are not its business: it has no trees, and its kernel for single tokens writes the states.
+Its chunks of 64 tokens are computed at once, but for one pass over each prompt's states: seven kernels where ``triton`` has
+two. Windows are not its business: it has no trees, and its kernel for single tokens writes the states.
 
 What was read in fla/ops/gated_delta_rule/{chunk,chunk_fwd,gate,wy_fast}.py, fla/ops/common/{chunk_delta_h,chunk_o,gate}.py,
 fla/ops/utils/index.py and fla/utils/, and what follows here:
@@ -10,8 +10,8 @@ fla/ops/utils/index.py and fla/utils/, and what follows here:
   ``use_beta_sigmoid_in_kernel``, and states [N, HV, V, K] in float32 with ``state_v_first``: all as ours, nothing is
   transposed or repeated. ``state_slot`` is ours alone: the states are copied to their slots. A row without tokens gets zeros;
 * between its kernels it rounds to the inputs' type (inverse, w, u and the states at the chunks' bounds), and float32 products
-  are TF32 on NVIDIA: float32 is refused. States behind a prompt have errors of the inputs' type where ``triton`` has
-  float32's. The states at the chunks' bounds are scratch: T / 64 states a layer, in the inputs' type;
+  are TF32 on NVIDIA: float32 is refused. States behind a prompt have errors of the inputs' type, as
+  ``triton``'s have. The states at the chunks' bounds are scratch: T / 64 states a layer, in the inputs' type;
 * key dims up to 256 (an assertion); any value dim;
 * inputs that are not dense are copied, one launch each, and its unit lengths (1e-6 under the root, as ours) are tuned and
   compiled anew for every further 65536 vectors (``NB`` is a constant of the kernel): ``unit_prompts`` does both in one launch,

@@ -98,7 +98,7 @@ def _decode_sync(
         engine.launch(state, request.plan, shape)
         last = _read(state.out, len(request.prompts), shape.num_steps)
         seconds = time.perf_counter() - begin
-        policy.observe(promise, shape, [len(last.tokens[i]) for i in live], seconds * 1e3)
+        policy.observe(promise, shape, _accept_lengths(last, live, shape), seconds * 1e3)
         timing.decode += seconds
         timing.rounds += 1
         yield last
@@ -119,6 +119,12 @@ class _Flight:
     begin: torch.cuda.Event
     end: torch.cuda.Event
     slot: int
+
+
+def _accept_lengths(result: RoundResult, live: list[int], shape: RoundShape) -> list[int]:
+    """Of rows whose drafts were judged to the end: one that ended within its window was cut off, not refused."""
+    lengths = [(len(result.tokens[i]), result.finished[i]) for i in live if result.tokens[i]]
+    return [length for length, finished in lengths if not finished or length > shape.num_steps]
 
 
 def _decode_async(
@@ -151,7 +157,7 @@ def _decode_async(
             copied[pending.slot].synchronize()
             timing.waiting += time.perf_counter() - waiting
             last = _read(slots[pending.slot], batch, pending.shape.num_steps)
-            lengths = [len(last.tokens[i]) for i in live if last.tokens[i]]
+            lengths = _accept_lengths(last, live, pending.shape)
             policy.observe(pending.promise, pending.shape, lengths, pending.begin.elapsed_time(pending.end))
             timing.rounds += 1
             timing.decode = time.perf_counter() - started

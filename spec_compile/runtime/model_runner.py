@@ -18,7 +18,7 @@ from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
 from spec_compile.passes.graph import StageGraph
 from spec_compile.passes.pipeline import choose_kernels, prepare
-from spec_compile.passes.select_backend import Backend, Choice, Tuner, choose, wanted
+from spec_compile.passes.select_backend import Backend, Choice, Tuner, check_delta_rules, choose, wanted
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_program
 
@@ -74,6 +74,8 @@ class ModelRunner:
         self._layouts = kv_pool.layouts(self._first_choices())
         first = next(iter(self._programs.values()))  # prefill, in a model with recurrent layers
         self._state_layout = state_pool.state_layout(first.graph)
+        if stage == "verify" and not self.recurrent:
+            check_delta_rules(backend)
 
     def _first_choices(self) -> list[Choice]:
         """Providers of every layer in one stage, which tell the layout of the caches. Fails early on a model that cannot be

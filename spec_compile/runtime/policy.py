@@ -9,6 +9,7 @@ from spec_compile.config import RoundShape
 _SMOOTHING = 0.3  # weight of the newest round time
 _FORGET = 0.93  # what an observation counts for after one more
 _FADE = 0.99  # what it counts for after a round that could not tell: a source or a shape that lost gets new chances
+_MOST_FADING = 1.0 / (1.0 - _FORGET)  # the most that what fades counts for: what many rounds of one row come to
 _PRIOR_WEIGHT = 2.0  # rows whose draft was seen that the prior is worth: many rows tell in one round
 _PRIOR_RATE = 0.6  # acceptance of a draft model nobody has watched yet
 _PROBES = 3  # rounds that try a draft model again
@@ -140,8 +141,10 @@ class _Position:
         self.tried = self.tried * _FORGET + tried
 
     def fade(self) -> None:
-        self.accepted *= _FADE
-        self.tried *= _FADE
+        """Count for less; what many rows have shown is forgotten as soon as what one has."""
+        kept = min(1.0, _MOST_FADING / max(self.tried, 1.0)) * _FADE
+        self.accepted *= kept
+        self.tried *= kept
 
     def rate(self, prior: float) -> float:
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.tried + _PRIOR_WEIGHT)

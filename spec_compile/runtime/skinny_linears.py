@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spec_compile.ops.providers.triton import device_limits
 from spec_compile.ops.skinny_linear import MAX_TOKENS
@@ -77,7 +77,8 @@ def _weight(node: fx.Node, values: dict[fx.Node, object]) -> Tensor | None:
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "linear" or node.kwargs:
         return None
     weight = values.get(node.args[1])
-    if any(bias is not None for bias in node.args[2:]) or not isinstance(weight, Tensor) or not weight.is_contiguous():
+    plain = type(weight) in (Tensor, nn.Parameter)  # what is stored otherwise, quantised say, has a linear of its own
+    if any(bias is not None for bias in node.args[2:]) or not plain or not weight.is_contiguous():
         return None
     return weight if weight.dtype in (torch.float16, torch.bfloat16) and weight.nbytes >= _LEAST_BYTES else None
 
@@ -95,19 +96,33 @@ def measured(tokens: int, weight: Tensor) -> LinearChoice | None:
     try:
         l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size
         weights = [weight] + [weight.clone() for _ in range(2 * l2 // weight.nbytes)]
-        x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        generator = torch.Generator(weight.device).manual_seed(0)  # the caller's own random numbers stay what they were
+        x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator)
         with torch.cuda.device(weight.device):
             with ThreadPoolExecutor(len(candidates)) as threads:  # compiled side by side
-                list(threads.map(lambda tiles: op(x, weight, *tiles), candidates))
+                results = list(threads.map(lambda tiles: op(x, weight, *tiles), candidates))
+            expected = F.linear(x, weight)
+            candidates = [tiles for tiles, out in zip(candidates, results, strict=True) if _agrees(out, expected, tiles)]
             library = _microseconds(F.linear, x, weights)
             times = {tiles: _microseconds(lambda x, w, tiles=tiles: op(x, w, *tiles), x, weights) for tiles in candidates}
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         log.info("linear %d x %s: no memory to measure it", tokens, tuple(weight.shape))
         return None
+    if not times:
+        return None
     best = min(times, key=times.__getitem__)
     log.info("linear %d x %s: %.1f us, by tiles %s %.1f us", tokens, tuple(weight.shape), library, best, times[best])
     return LinearChoice(best if times[best] < _LEAST_GAIN * library else None, library, times[best])
+
+
+def _agrees(out: Tensor, expected: Tensor, tiles: Tiles) -> bool:
+    """Whether tiles were compiled right: two roundings apart at most, on the scale of the largest result."""
+    bound = 4 * torch.finfo(out.dtype).eps * expected.abs().max()
+    right = bool(((out - expected).abs() <= bound).all())
+    if not right:
+        log.warning("skinny_linear with tiles %s gives wrong results on this device: Triton compiled it wrong; not used", tiles)
+    return right
 
 
 def _microseconds(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> float:

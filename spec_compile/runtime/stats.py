@@ -52,7 +52,7 @@ class SpecStats:
         if self.mode == "plain":
             return "plain transformers generate(): nothing was measured"
         if self.total_ms == 0.0:
-            return "no generate() call yet"
+            return "no generate() call has ended yet"
         how = ", SIMULATED acceptance: the text is not the model's" if self.simulated else ""
         how += ", all rows in lockstep" if self.mode == "lockstep" else ""
         first = f"{self.total_ms / 1e3:.2f} s, {self.prefill_ms:.1f} ms to the first token"

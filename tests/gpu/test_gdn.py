@@ -96,8 +96,8 @@ def test_windows_of_uneven_dims(heads: Heads, tree: bool) -> None:
 
 @needs_device
 @SHAPES
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("num_tokens", [1, 4, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 17, 33, 60])
 @pytest.mark.parametrize("model", MODELS)
 def test_windows_of_models(model: str, num_tokens: int, tree: bool, dtype: str) -> None:
     check_window(implementation(), rows=2, num_tokens=num_tokens, tree=tree, heads=MODELS[model], dtype=DTYPES[dtype])
