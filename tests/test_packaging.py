@@ -175,3 +175,9 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / "README.md").read_text())
     missing = [link for link in links if not link.startswith(("http://", "https://")) and not (ROOT / link).exists()]
     assert missing == []
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """Pytest imports them by name: of two alike, in tests/ and tests/gpu/, only one is collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))
