@@ -27,7 +27,7 @@ import gdn_report
 import shapes
 import torch
 from attention_measure import L2_MULTIPLE, random_trees, time_calls
-from report import describe, environment, read, save
+from report import describe, environment, read, save, settings
 from torch import Tensor
 
 from spec_compile.hardware import detect_hardware
@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = earlier_rows(args, meta)
     bench = Bench(args.device)
     measured_shapes = {name: {**asdict(SHAPES[name]), "state_bytes": SHAPES[name].state_bytes} for name in SHAPES}
-    result = {"meta": meta, "args": vars(args), "bandwidth": bench.bandwidth, "shapes": measured_shapes, "rows": rows}
+    result = {"meta": meta, "args": settings(args), "bandwidth": bench.bandwidth, "shapes": measured_shapes, "rows": rows}
     done = {tuple(row[name] for name in Cell.__dataclass_fields__) for row in rows}
     for cell in cells(args):
         if tuple(asdict(cell).values()) in done:

@@ -391,8 +391,8 @@ def main() -> None:
         start_child(args)
         return
     real = shapes.SHAPES[args.shape].config is None
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}
-    result: dict[str, Any] = {"meta": report.environment(args.device) | {"random_weights": not real}, "args": settings}
+    meta = report.environment(args.device) | {"random_weights": not real}
+    result: dict[str, Any] = {"meta": meta, "args": report.settings(args)}
     if real:
         run_prompts(args, result)
     else:

@@ -28,7 +28,7 @@ import round_plots
 import round_report
 import shapes
 import torch
-from report import describe, environment, read, save
+from report import describe, environment, read, save, settings
 from round_adaptive import run_adaptive
 from round_cells import BATCHES, CHAIN, CONTEXTS, PARTS, Cell, Stage, accept_lengths, grid, in_order, label, parse_rounds
 from round_parts import kernels, launch_ms, measure_parts
@@ -218,9 +218,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.deadline = args, time.monotonic() + args.seconds
         self.stages = in_order(grid(args.shapes, args.batches, args.contexts), args.shape)
-        settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "merge", "show")}
-        settings["shapes"] = [label(rounds) for rounds in args.shapes]
-        self.result: dict[str, Any] = {"meta": {**environment(args.device), "random_weights": True}, "args": settings}
+        told = settings(args) | {"shapes": [label(rounds) for rounds in args.shapes]}
+        self.result: dict[str, Any] = {"meta": {**environment(args.device), "random_weights": True}, "args": told}
         self.result["rows"] = [
             {"rounds": label(cell.rounds), "batch": cell.batch, "context": cell.context, "status": "not reached"}
             for stage in self.stages

@@ -25,7 +25,7 @@ from typing import Any
 import floors
 import shapes
 import torch
-from report import describe, environment, save
+from report import describe, environment, save, settings
 from torch import nn
 
 from spec_compile.errors import SpecCompileError
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = shapes.build_random(args.shape, getattr(torch, args.dtype), args.device)
     result: dict[str, Any] = {
         "meta": {**environment(args.device), "random_weights": True},
-        "args": {**{n: v for n, v in vars(args).items() if n != "json"}, "steps": [str(step) for step in args.steps]},
+        "args": settings(args) | {"steps": [str(step) for step in args.steps]},
         "floor": step_floors(model, args.steps, args.device),
         "rows": [],
     }

@@ -74,6 +74,14 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+_FILES = ("json", "plot", "merge", "show")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a result says about how it was made: the command's arguments, but no file of the machine it ran on."""
+    return {name: value for name, value in vars(args).items() if name not in _FILES}
+
+
 def read(path: str | Path) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 

@@ -15,7 +15,7 @@ from typing import Any
 import round_report
 import shapes
 import torch
-from report import describe, environment, save
+from report import describe, environment, save, settings
 from torch import Tensor, nn
 
 from spec_compile import spec_compile
@@ -32,10 +32,10 @@ def run_adaptive(args: argparse.Namespace) -> dict[str, Any]:
     context = args.contexts[0]
     prompts = shapes.random_prompts(model.config.vocab_size, max(args.batches), context, args.device)
     batches = sorted(args.batches, reverse=True)  # pools are made for the largest and serve the others
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "merge", "show", "shapes")}
+    told = {name: value for name, value in settings(args).items() if name != "shapes"}  # of rounds: the grid has its own
     result: dict[str, Any] = {
         "meta": {**environment(args.device), "random_weights": True},
-        "args": settings,
+        "args": told,
         "rows": [],
         "adaptive": [{"batch": b, "rate": rate, "context": context} for b in batches for rate in args.rates],
     }
