@@ -13,6 +13,8 @@ from torch import fx
 from spec_compile.errors import CaptureError
 from spec_compile.passes.graph import StageGraph, add_runtime_input, fake, finish
 
+_SLICE, _ALIGNED = 1024, 64  # at most what Inductor reduces without a loop; rows of whole cache lines
+
 
 def narrow_logits(graph: StageGraph, *, argmax: bool) -> StageGraph:
     """Keep the head's work to what the stage reads.
@@ -36,12 +38,33 @@ def narrow_logits(graph: StageGraph, *, argmax: bool) -> StageGraph:
         graph.note("narrow_logits: the head sees the last token of each prompt")
     if argmax:
         with graph.gm.graph.inserting_before(output):
-            ids = graph.gm.graph.call_method("argmax", (logits, -1))
-        ids.meta["example_value"] = fake(logits).argmax(-1)
-        logits = ids
+            logits = _greedy_ids(graph.gm.graph, logits)
         graph.note("narrow_logits: greedy; token ids leave the graph, logits do not")
     output.args = ((logits, *states),)
     return finish(graph)
+
+
+def _greedy_ids(graph: fx.Graph, logits: fx.Node) -> fx.Node:
+    """The argmax of each row, over slices of the vocabulary and then over the slices' best; NaN and ties as ``argmax``.
+
+    Inductor reduces a row with an index in one program: 56 us for one row of 248320 logits on an H200. As slices they are
+    a row each, short enough for one pass. A vocabulary without a fitting divisor stays whole.
+    """
+    vocab_size = fake(logits).shape[-1]
+    width = max((n for n in range(_ALIGNED, _SLICE + 1, _ALIGNED) if vocab_size % n == 0), default=vocab_size)
+    if width == vocab_size:
+        return _call(graph, "argmax", logits, -1)
+    slices = _call(graph, "unflatten", logits, -1, (vocab_size // width, width))  # [.., S, V / S]
+    best_slice = _call(graph, "argmax", _call(graph, "amax", slices, -1), -1, True)  # [.., 1]
+    in_slice = _call(graph, "gather", _call(graph, "argmax", slices, -1), -1, best_slice)
+    first = _call(graph, "mul", best_slice, width)
+    return _call(graph, "squeeze", _call(graph, "add", first, in_slice), -1)
+
+
+def _call(graph: fx.Graph, method: str, *args: object) -> fx.Node:
+    node = graph.call_method(method, args)
+    node.meta["example_value"] = getattr(fake(args[0]), method)(*(fake(a) if isinstance(a, fx.Node) else a for a in args[1:]))
+    return node
 
 
 def _head_linear(logits: fx.Node) -> fx.Node:

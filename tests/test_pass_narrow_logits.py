@@ -92,6 +92,31 @@ def test_ties_go_to_the_lowest_id_as_in_generate():
     assert set(ids.flatten().tolist()) == {4}
 
 
+SLICED = 64 * 35  # 7 slices of 320
+
+
+@pytest.mark.parametrize("vocab_size", [SLICED, SLICED + 1], ids=["sliced", "whole"])
+def test_large_vocabularies_are_searched_in_slices(vocab_size: int):
+    """Every token of the vocabulary is found; of equal logits the first, within a slice and across; NaN as argmax has it."""
+
+    def logits_are_given(hidden):
+        return hidden
+
+    graph = narrow_logits(
+        stage_graph(logits_are_given, "verify", hidden=Input("hidden", torch.zeros(1, 8, vocab_size))), argmax=True
+    )
+    assert len(find(graph, "unflatten")) == (vocab_size == SLICED)
+    logits = torch.randn(1, 8, vocab_size)
+    logits[0, 0, 5] = logits[0, 0, 17] = logits[0, 0, 1000] = 9.0
+    logits[0, 1, [319, 320, 640]] = 9.0
+    logits[0, 2, [400, 300]] = float("nan")
+    logits[0, 3], logits[0, 4] = float("-inf"), 0.0
+    logits[0, 5, -1] = 9.0
+    logits[0, 6, 2000] = float("inf")
+    (ids,) = run(graph, hidden=logits)
+    assert torch.equal(ids, logits.argmax(-1)) and ids[0, :6].tolist() == [5, 319, 300, 0, 0, vocab_size - 1]
+
+
 def test_a_head_with_a_bias():
     weight, bias, hidden = parameter(VOCAB, HIDDEN), parameter(VOCAB), torch.randn(1, TOKENS, HIDDEN)
     (everything,) = run(graph_of(biased_head, "verify", head=weight, bias=bias), hidden=hidden)
