@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,37 @@ def test_other_linears_stay(what: str, measurements: list[tuple]):
     weight = weight.as_subclass(Stored) if what == "stored" else weight
     assert use_skinny_linears(gm, (x, weight, bias), {}) == 0
     assert "linear" in targets(gm) and measurements == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which tiles are measured at all
+
+
+def test_tiles_that_fail_are_named_and_left_out(monkeypatch: pytest.MonkeyPatch):
+    """Nobody loses a model because a kernel that nobody asked for cannot be built, or was compiled wrong."""
+
+    def run(x: Tensor, weight: Tensor, tiles: tuple[int, ...]) -> Tensor:
+        if tiles == (64, 256, 4, 4):
+            raise RuntimeError("out of resource: shared memory\nand much more")
+        return F.linear(x, weight) * (1.05 if tiles == (128, 128, 4, 8) else 1.0)
+
+    said: list[str] = []
+    monkeypatch.setattr(skinny_linears, "_run", run)
+    monkeypatch.setattr(skinny_linears.log, "warning", lambda text, *args: said.append(text % args))
+    x, weight = torch.randn(4, 128, dtype=torch.bfloat16), torch.randn(128, 128, dtype=torch.bfloat16)
+    assert skinny_linears._usable(x, weight, [TILES, (64, 256, 4, 4), (128, 128, 4, 8)]) == [TILES]
+    built, wrong = said
+    assert "(64, 256, 4, 4) cannot be built" in built and built.endswith("out of resource: shared memory")
+    assert "(128, 128, 4, 8) gives wrong results" in wrong
+
+
+def test_what_other_threads_computed_is_not_compared(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU they launch in streams of their own, which wait neither for the inputs nor for who reads the results."""
+    mine = threading.get_ident()
+
+    def run(x: Tensor, weight: Tensor, tiles: tuple[int, ...]) -> Tensor:
+        return F.linear(x, weight) if threading.get_ident() == mine else torch.full((len(x), len(weight)), float("nan"))
+
+    monkeypatch.setattr(skinny_linears, "_run", run)
+    x, weight = torch.randn(4, 128, dtype=torch.bfloat16), torch.randn(128, 128, dtype=torch.bfloat16)
+    assert skinny_linears._usable(x, weight, [TILES]) == [TILES]

@@ -92,19 +92,15 @@ def measured(tokens: int, weight: Tensor) -> LinearChoice | None:
     if not candidates:
         return None
     weight = weight.detach()
-    op = torch.ops.spec_compile.skinny_linear.default
     try:
         l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size
         weights = [weight] + [weight.clone() for _ in range(2 * l2 // weight.nbytes)]
         generator = torch.Generator(weight.device).manual_seed(0)  # the caller's own random numbers stay what they were
         x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator)
         with torch.cuda.device(weight.device):
-            with ThreadPoolExecutor(len(candidates)) as threads:  # compiled side by side
-                results = list(threads.map(lambda tiles: op(x, weight, *tiles), candidates))
-            expected = F.linear(x, weight)
-            candidates = [tiles for tiles, out in zip(candidates, results, strict=True) if _agrees(out, expected, tiles)]
+            candidates = _usable(x, weight, candidates)
             library = _microseconds(F.linear, x, weights)
-            times = {tiles: _microseconds(lambda x, w, tiles=tiles: op(x, w, *tiles), x, weights) for tiles in candidates}
+            times = {tiles: _microseconds(lambda x, w, tiles=tiles: _run(x, w, tiles), x, weights) for tiles in candidates}
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         log.info("linear %d x %s: no memory to measure it", tokens, tuple(weight.shape))
@@ -114,6 +110,34 @@ def measured(tokens: int, weight: Tensor) -> LinearChoice | None:
     best = min(times, key=times.__getitem__)
     log.info("linear %d x %s: %.1f us, by tiles %s %.1f us", tokens, tuple(weight.shape), library, best, times[best])
     return LinearChoice(best if times[best] < _LEAST_GAIN * library else None, library, times[best])
+
+
+def _run(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
+    return torch.ops.spec_compile.skinny_linear(x, weight, *tiles)
+
+
+def _usable(x: Tensor, weight: Tensor, candidates: list[Tiles]) -> list[Tiles]:
+    """Those that can be built here and compute what the matrix library does; each of the others is named in a warning."""
+
+    def build(tiles: Tiles) -> Exception | None:
+        try:
+            _run(x, weight, tiles)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Triton's compiler: the matrix library is still there
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(candidates)) as threads:  # compiled side by side
+        errors = list(threads.map(build, candidates))
+    expected, usable = F.linear(x, weight), []
+    for tiles, error in zip(candidates, errors, strict=True):
+        if error is not None:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            log.warning("skinny_linear with tiles %s cannot be built on this device, not used: %s", tiles, reason)
+        elif _agrees(_run(x, weight, tiles), expected, tiles):  # again: a thread's own stream does not wait for this one's x
+            usable.append(tiles)
+    return usable
 
 
 def _agrees(out: Tensor, expected: Tensor, tiles: Tiles) -> bool:

@@ -61,3 +61,18 @@ def test_a_compiled_model_uses_it_where_it_was_measured_faster(monkeypatch: pyte
     assert all(choice.library_us > 1 and choice.kernel_us > 1 for choice in tried.values())
     assert all(choice.tiles is not None for choice in tried.values()), "no tiles were found wrong"
     assert "linear of 8 tokens, 2048 to 6144:" in model.spec.explain()
+
+
+def test_inputs_that_are_still_being_made_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are compiled while a round is warmed up, in the stream of graph captures: nothing may be read in another."""
+    weight = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    assert skinny_linears.measured(8, weight) is not None  # from here on everything is compiled
+    said: list[str] = []
+    monkeypatch.setattr(skinny_linears.log, "warning", lambda text, *args: said.append(text % args))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for shape in ((8, 4096), (4096, 4096)):  # what stood in the memory that is handed out next
+            torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda._sleep(500_000_000)  # a quarter of a second
+        assert skinny_linears.measured(8, weight) is not None
+    assert said == [], "no tiles were found wrong"
