@@ -70,7 +70,8 @@ class SpecConfig:
             and the reads of a cache. A narrower type changes the model's law slightly: output is then exactly that of
             decoding one token at a time over the same narrow cache (``draft=None``), no longer that of plain ``generate()``.
         seed: base of the sampling seeds; None draws one from torch's global generator on every generate(), as
-            ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning.
+            ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning. Where heads choose rounds by
+            measured times (``adaptive`` on a GPU) a seed alone does not fix a sampled text; its law is the same.
         simulate_accept_length: benchmarks on random weights only: emit this many tokens a round on average (1 to
             num_steps + 1) whatever was drafted. Output is then NOT the model's; ``explain()`` and ``stats()`` say SIMULATED.
             Calls in lockstep (logits processors, scores) judge drafts for real even so, and ``stats()`` says that too.
