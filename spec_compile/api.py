@@ -94,13 +94,14 @@ def spec_compile(
             kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,
         )  # fmt: skip
 
-    source = make_draft(
-        draft,
-        model,
-        config,
-        lambda lm: make(ModelRunner, lm, "draft"),
-        lambda head: make(DFlashRunner if isinstance(head, DFlashHead) else HeadRunner, head, "draft"),
-    )
-    target = make(ModelRunner, model, "verify", () if source is None else source.taps)
+    with torch.autocast(device.type, enabled=False):  # it would be traced into graphs that serve calls without it
+        source = make_draft(
+            draft,
+            model,
+            config,
+            lambda lm: make(ModelRunner, lm, "draft"),
+            lambda head: make(DFlashRunner if isinstance(head, DFlashHead) else HeadRunner, head, "draft"),
+        )
+        target = make(ModelRunner, model, "verify", () if source is None else source.taps)
     model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
     return model

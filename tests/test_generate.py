@@ -234,6 +234,23 @@ def test_plain_fallbacks(settings: dict, why: str) -> None:
         model.generate(**inputs, max_new_tokens=6, do_sample=False, **settings)
 
 
+def test_autocast_runs_plain_and_leaves_no_trace() -> None:
+    """Graphs that were traced or compiled under it would serve later calls with its rounding."""
+    settings = left_padded(1, PROMPT) | {"max_new_tokens": 4, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    reference, model = tiny_model("gpt2", n_layer=1), tiny_model("gpt2", n_layer=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        spec_compile(model, draft=None, compile="none")
+        with pytest.warns(UserWarning, match="torch.autocast is on"):
+            ours = model.generate(**settings)
+        assert model.spec.stats().mode == "plain"
+        rounded = torch.stack(reference.generate(**settings).logits)
+        assert torch.equal(torch.stack(ours.logits), rounded)
+    exact = torch.stack(reference.generate(**settings).logits)
+    torch.testing.assert_close(torch.stack(model.generate(**settings).logits), exact, rtol=1e-5, atol=1e-5)
+    assert model.spec.stats().mode == "lockstep" and (rounded - exact).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("name", "accelerated"),
     [("quantized", False), ("offloaded", False), ("offloaded_static", False), ("static", True), ("dynamic", True)],
