@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -74,19 +75,37 @@ def modeling_modules(model: PreTrainedModel, layers: list[int]) -> set[str]:
 
 @contextlib.contextmanager
 def recurrent_capture(model: PreTrainedModel, layers: list[int], context: CaptureContext) -> Iterator[None]:
-    """Make the recurrent ``layers`` of ``model`` emit our ops for the duration of the block."""
+    """Make the recurrent ``layers`` of ``model`` emit our ops for the duration of the block.
+
+    Other threads may run models of the family meanwhile: to them the names mean what they did.
+    """
     names = modeling_modules(model, layers)
     replaced: list[tuple[object, str, Callable]] = []
     functions = {_CONVOLUTION: _convolution(context)} | dict.fromkeys(_RULES, _delta_rule(context))
     for name in names:
         for attribute, function in functions.items():
-            replaced.append((sys.modules[name], attribute, getattr(sys.modules[name], attribute)))
-            setattr(sys.modules[name], attribute, function)
+            original = getattr(sys.modules[name], attribute)
+            replaced.append((sys.modules[name], attribute, original))
+            setattr(sys.modules[name], attribute, _in_this_thread(function, original))
     try:
         yield
     finally:
         for module, attribute, function in replaced:
             setattr(module, attribute, function)
+
+
+def _in_this_thread(ours: Callable, original: Callable) -> Callable:
+    """``ours`` in the thread that captures, ``original`` in every other."""
+    capturing = threading.get_ident()
+
+    @torch.compiler.assume_constant_result  # Dynamo asks when it traces
+    def here() -> bool:
+        return threading.get_ident() == capturing
+
+    def dispatched(*args, **kwargs):
+        return ours(*args, **kwargs) if here() else original(*args, **kwargs)
+
+    return dispatched
 
 
 def _convolution(context: CaptureContext) -> Callable:

@@ -4,6 +4,7 @@ and EAGLE-3 heads, as chains and as trees; and the states after many rounds are 
 from __future__ import annotations
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.recurrent_layers import recurrent_capture
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.head_runner import HeadRunner
@@ -184,3 +186,15 @@ def test_text_through_a_vision_language_model() -> None:
 def test_a_recurrent_model_cannot_draft_as_a_causal_lm() -> None:
     with pytest.raises(DraftError, match="recurrent layers, whose states cannot go back"):
         spec_compile(tiny_model("qwen3_5_text"), draft=tiny_model("qwen3_5_text", seed=1), compile="none")
+
+
+def test_other_threads_run_the_family_while_one_captures() -> None:
+    """The functions that capture replaces are the module's, which all models of the family call."""
+    model, found = tiny_model("qwen3_5_text"), []
+    settings = left_padded(1, PROMPT) | {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**settings)
+    with recurrent_capture(model, [0], context=None):
+        other = threading.Thread(target=lambda: found.append(model.generate(**settings)))
+        other.start()
+        other.join()
+    assert len(found) == 1 and torch.equal(found[0], plain)
