@@ -51,8 +51,8 @@ def test_another_target_is_refused():
 def test_the_card_is_made_from_the_measurements_beside_it():
     folder = demo_draft_dir()
     log, result = (json.loads((folder / name).read_text()) for name in ("training.json", "accept.json"))
-    again = json.loads((folder / "accept_cpu.json").read_text())
-    assert (folder / "README.md").read_text() == draft_report.model_card(log, result, again)
+    again = [json.loads((folder / name).read_text()) for name in ("accept_cpu.json", "accept_cpu_tree.json")]
+    assert (folder / "README.md").read_text() == draft_report.model_card(log, result, *again)
     assert {"training.png", "accept.png"} <= {path.name for path in folder.iterdir()}
 
 
@@ -64,6 +64,9 @@ def test_it_meets_its_goal():
         for group in HELD_OUT:
             figures = [draft_report.pooled(cells, system=s, temperature=0.0, set=group) for s in (system, "ngram")]
             assert figures[0]["accept_length"] > figures[1]["accept_length"] and figures[0]["rounds"] > 0
+    for system, goal, name in (("chain", 2.3, "accept_cpu.json"), ("tree", 2.7, "accept_cpu_tree.json")):
+        cells = json.loads((demo_draft_dir() / name).read_text())["cells"]
+        assert draft_report.pooled(cells, system=system, temperature=0.0)["accept_length"] >= goal, f"{name}: on a CPU"
 
 
 @pytest.fixture(scope="module")
