@@ -151,5 +151,6 @@ def _download(name: str, download: Callable[[], str]) -> str:
     except Exception as error:  # hub, network and cache errors have no common base
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DraftError(
-            f"draft={name!r} is neither 'ngram' nor a directory nor a repository on the Hugging Face hub: {reason}"
+            f"draft={name!r} is none of 'ngram', 'mtp' and None, no directory and no repository that the Hugging Face hub can "
+            f"give: {reason}"
         ) from error

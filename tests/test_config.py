@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.errors import ConfigError, DraftError, SpecCompileError
+from spec_compile.hf_integration import draft_checkpoint
 from spec_compile.runtime import kv_pool
 
 
@@ -47,11 +48,42 @@ def test_config_must_be_a_config():
 
 @pytest.mark.parametrize(
     ("draft", "message"),
-    [("/no/such/model", "no such directory"), ("./nope", "no such directory"), ("ngrams", "did you mean 'ngram'")],
+    [
+        ("/no/such/model", "no such directory"),
+        ("./nope", "no such directory"),
+        ("out/run3/checkpoint", "no such directory"),
+        ("checkpoints/", "no such directory"),
+        ("ngrams", "did you mean 'ngram'"),
+        ("NGRAM", "did you mean 'ngram'"),
+        ("MTP", "did you mean 'mtp'"),
+        ("NEXTN", "did you mean 'mtp'"),
+        ("none", "draft=None to draft nothing"),
+        ("", "draft=None to draft nothing"),
+        ("EAGLE3", "path or hub id of an EAGLE-3 head"),
+        ("draft_model", "path or hub id of a smaller causal LM"),
+        ("medusa", "not supported"),
+        (__file__, "is a file: pass the directory"),
+    ],
 )
-def test_a_draft_that_is_not_there_is_said_to_be_so(draft: str, message: str):
+def test_a_draft_that_is_not_there_is_said_to_be_so_without_the_hub(draft: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    def ask(name: str) -> None:
+        raise AssertionError(f"the hub was asked for {name!r}")
+
+    monkeypatch.setattr(draft_checkpoint, "_config_from_hub", ask)
     with pytest.raises(DraftError, match=message):
-        spec_compile(tiny_model("llama"), draft=draft, compile="none")
+        spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
+
+
+def test_an_empty_directory_holds_no_draft(tmp_path: pathlib.Path):
+    with pytest.raises(DraftError, match=r"the directory is empty; looked for config\.json"):
+        spec_compile(tiny_model("llama", num_hidden_layers=1), draft=tmp_path, compile="none")
+
+
+def test_a_draft_in_the_home_directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "draft")
+    model = spec_compile(tiny_model("llama", num_hidden_layers=1), draft="~/draft", compile="none")
+    assert "causal_lm" in model.spec.explain()
 
 
 def test_a_drafts_path_may_be_a_path(tmp_path: pathlib.Path):

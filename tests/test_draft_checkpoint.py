@@ -209,7 +209,7 @@ def test_an_assistant_that_reads_the_targets_cache_is_refused_by_name(tmp_path: 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DraftError, match="'somebody/no-such-head' is neither 'ngram' nor a directory nor"):
+    with pytest.raises(DraftError, match="'somebody/no-such-head' is none of 'ngram', 'mtp' and None, no directory and no"):
         load_draft_head("somebody/no-such-head", target())
 
 

@@ -453,7 +453,7 @@ def test_a_model_that_changed_runs_plain_until_the_change_is_undone() -> None:
         (ConfigError, "compile='fast'", {"compile": "fast"}),
         (BackendError, "'fa9' is not a provider.*torch", {"backend": "fa9"}),
         (BackendError, "unknown stages", {"backend": {"decode": "torch"}}),
-        (DraftError, "neither 'ngram' nor", {"draft": "no/such-model"}),
+        (DraftError, "none of 'ngram', 'mtp' and None", {"draft": "no/such-model"}),
         (DraftError, "do not share a tokenizer", {"draft": "other vocabulary"}),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
+from spec_compile.drafts.names import check_name
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead, check_fits
@@ -150,11 +150,8 @@ def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape
 
 
 def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
-    if not os.path.isdir(name):
-        if os.path.isabs(name) or name.startswith((".", "~")):
-            raise DraftError(f"draft={name!r}: there is no such directory.")
-        if near := difflib.get_close_matches(name, ["ngram", "mtp"], cutoff=0.7):
-            raise DraftError(f"draft={name!r}: did you mean {near[0]!r}?")
+    name = os.path.expanduser(name)
+    check_name(name)
     from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 
     head = load_draft_head(name, target)
@@ -163,5 +160,7 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
     except (OSError, ValueError) as error:
-        raise DraftError(f"draft={name!r} is neither 'ngram' nor a causal LM that transformers can load: {error}") from error
+        raise DraftError(
+            f"draft={name!r} is none of 'ngram', 'mtp' and None, and no causal LM that transformers can load: {error}"
+        ) from error
     return model.to(target.get_input_embeddings().weight.device).eval()
