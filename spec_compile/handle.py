@@ -60,7 +60,7 @@ class SpecHandle:
         return self._stats
 
     def last_tree(self) -> DraftTree | None:
-        """The tree of drafts that the first row verified last; None if that round verified none.
+        """The tree of drafts that the first row verified last; None if that round verified none, as chains never do.
 
         In a streamer or stopping criterion the tree of the round that ran last: a look at every round. On a GPU, where rounds
         are launched ahead, it may be one round further than the text, after ``generate()`` too. Waits for the device.
@@ -245,6 +245,7 @@ class SpecHandle:
             accept_length=sum(map(sum, lengths)) / verifies if verifies else 0.0,
             acceptance_by_position=acceptance(lengths, drafted),
             accept_lengths=lengths,
+            drafted_rounds=None if engine.draft is None else sum(count > 0 for row in drafted for count in row),
             tokens_per_second=emitted / total if total > 0 else 0.0,
             ms_per_round=decode_seconds / rounds * 1e3,
             host_ms_per_round=(decode_seconds - timing.waiting) / rounds * 1e3,

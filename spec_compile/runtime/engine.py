@@ -226,7 +226,8 @@ class Engine:
         if key in self._warmed:
             return
         if self.graphs is None:
-            step()  # compiles
+            with self.compiler.counting():
+                step()  # compiles
         else:
             self._capture(key, name, step)
         self._warmed.add(key)

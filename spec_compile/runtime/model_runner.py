@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -139,11 +138,12 @@ class ModelRunner:
         """The program of a captured shape, (stage,) or (stage, rows, tokens, …), in one of its variants."""
         key = (*shape, *variant)
         if key not in self._programs:
-            if shape not in self._captured:
-                self._captured[shape] = capture()
-            graph = prepare_graph(self._captured[shape].copy())
-            self._programs[key] = build_program(graph, compiler)
-            self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
+            with self.compiler.counting():
+                if shape not in self._captured:
+                    self._captured[shape] = capture()
+                graph = prepare_graph(self._captured[shape].copy())
+                self._programs[key] = build_program(graph, compiler)
+                self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
         program = self._programs[key]
         if not program.bound:
             self._choose_kernels(name, program)
@@ -151,23 +151,22 @@ class ModelRunner:
 
     def _choose_kernels(self, name: str, program: StageProgram) -> None:
         """Choose and install kernels; over a pool also measure, build and warm up, and bind the caches."""
-        start = time.perf_counter()
-        graph, choices = choose_kernels(
-            program.graph,
-            hardware=self.hardware,
-            backend=self.backend,
-            page_size=self.page_size if self.pool is None else self.pool.page_size,
-            kv_dtype=self.kv_dtype,
-            max_context=None if self.pool is None else self.pool.capacity,
-            tuner=None if self.pool is None else self.tuner,
-        )
-        self.choices[name], self.reports[name] = choices, graph.report
-        program.install(graph)
-        if self.pool is not None:
-            for choice in choices:
-                _warm_up(choice, self.device)
-            program.bind(self.pool.caches | ({} if self.states is None else self.states.caches))
-        self.compiler.seconds += time.perf_counter() - start
+        with self.compiler.counting():
+            graph, choices = choose_kernels(
+                program.graph,
+                hardware=self.hardware,
+                backend=self.backend,
+                page_size=self.page_size if self.pool is None else self.pool.page_size,
+                kv_dtype=self.kv_dtype,
+                max_context=None if self.pool is None else self.pool.capacity,
+                tuner=None if self.pool is None else self.tuner,
+            )
+            self.choices[name], self.reports[name] = choices, graph.report
+            program.install(graph)
+            if self.pool is not None:
+                for choice in choices:
+                    _warm_up(choice, self.device)
+                program.bind(self.pool.caches | ({} if self.states is None else self.states.caches))
 
     def model_changed(self) -> bool:
         """Whether the model is no longer what was captured: moved or replaced tensors and modules, hooks, adapters."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +56,7 @@ class SegmentCompiler:
 
     Attributes:
         mode: ``"inductor"`` or ``"none"``.
-        seconds: time spent compiling, choosing and building kernels included.
+        seconds: time spent tracing, compiling, choosing and building kernels.
         linears: what was measured of linear layers of a few tokens.
     """
 
@@ -78,8 +79,9 @@ class SegmentCompiler:
 
     def compile(self, key: str, segment: fx.GraphModule, args: tuple) -> Callable:
         """The artifact of ``segment``: for exactly these shapes, or for every packed length if one is symbolic."""
-        if key not in self.artifacts:
-            start = time.perf_counter()
+        if key in self.artifacts:
+            return self.artifacts[key]
+        with self.counting():
             salt = CacheSalt(f"spec_compile {source_hash()} {self.hardware.arch}")
             fakes = [fake(node) for node in placeholders(segment)]
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
@@ -89,8 +91,16 @@ class SegmentCompiler:
             if self.hardware.vendor == "nvidia" and not symbolic:
                 use_skinny_linears(segment, args, self.linears)
             self.artifacts[key] = _compile(segment, examples, fixed | _inductor_options(self.hardware))
-            self.seconds += time.perf_counter() - start
         return self.artifacts[key]
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the time inside as compiling; what is counted within it counts once."""
+        start, before = time.perf_counter(), self.seconds
+        try:
+            yield
+        finally:
+            self.seconds = before + time.perf_counter() - start
 
 
 def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:

@@ -14,15 +14,18 @@ class SpecStats:
         emitted_tokens: new tokens of all rows, prefill's first token included; neither padding behind a row's end nor what
             a stopping criterion cut off.
         accept_length: emitted tokens per row and verify, the bonus token included (plain decoding is 1.0).
-        acceptance_by_position: share of verified drafts accepted at draft position 1, 2, …
+        acceptance_by_position: share of the rounds that drafted so far in which draft 1, 2, … was accepted.
         accept_lengths: per row, the accept length of each of its rounds in order.
-        tokens_per_second: emitted tokens over the whole call's wall time.
+        drafted_rounds: how many of those had drafts to check; adaptive rounds leave them out where they do not pay. None
+            without a draft.
+        tokens_per_second: emitted tokens over ``total_ms``.
         ms_per_round: wall time of a round.
         host_ms_per_round: host time of a round that was not spent waiting for the device.
         gpu_idle_fraction: share of the decoding time in which the device ran no round; None on a CPU.
-        prefill_ms: wall time to the first token, compile time excluded.
-        total_ms: wall time of the call, compile and capture time excluded.
-        compile_seconds, capture_seconds: paid so far by this model (all calls); capture includes timing the shapes of rounds.
+        prefill_ms: wall time to the first token, without tracing, compiling and capturing.
+        total_ms: wall time of the call, without them.
+        compile_seconds, capture_seconds: paid so far by this model, in ``spec_compile()`` and all calls; compiling includes
+            tracing, capturing the timing of rounds of each shape.
         graphs: (name, bytes) of every captured CUDA graph.
         kv_bytes: size of the KV pools.
         mode: ``"rounds"``, ``"lockstep"`` (logits processors, scores) or ``"plain"`` (ran as plain transformers).
@@ -34,6 +37,7 @@ class SpecStats:
     accept_length: float = 0.0
     acceptance_by_position: list[float] = field(default_factory=list)
     accept_lengths: list[list[int]] = field(default_factory=list)
+    drafted_rounds: int | None = None
     tokens_per_second: float = 0.0
     ms_per_round: float = 0.0
     host_ms_per_round: float = 0.0
@@ -57,9 +61,11 @@ class SpecStats:
         how += ", all rows in lockstep" if self.mode == "lockstep" else ""
         first = f"{self.total_ms / 1e3:.2f} s, {self.prefill_ms:.1f} ms to the first token"
         graphs = f"{len(self.graphs)} CUDA graphs {_mib(sum(size for _, size in self.graphs))}"
+        verified = sum(map(len, self.accept_lengths))
+        drafted = "" if self.drafted_rounds is None else f", drafts in {self.drafted_rounds} of {verified}"
         lines = [
             ("tokens", f"{self.emitted_tokens} in {self.rounds} rounds{how}"),
-            ("accept length", f"{self.accept_length:.2f} tokens a row and round"),
+            ("accept length", f"{self.accept_length:.2f} tokens a row and round{drafted}"),
             ("by position", " ".join(f"{rate:.2f}" for rate in self.acceptance_by_position)),
             ("speed", f"{self.tokens_per_second:.1f} tokens/s; {first}"),
             ("round", f"{self.ms_per_round:.2f} ms, {self.host_ms_per_round:.2f} ms of it the host's"),
