@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from spec_compile.errors import ConfigError
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8_e4m3")
-
+MOST_NGRAM = 64  # each token of a suffix is one more look at the whole text in every round
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
@@ -56,7 +56,8 @@ class SpecConfig:
         topk: children a drafted token may have (EAGLE); 1 drafts a chain, more a tree.
         num_draft_tokens: tokens verified a round, the root included. None: ``num_steps + 1`` for a chain, for a tree
             the smaller of 8 × topk and 64 (names and meaning as in SGLang: 3/1/4, 5/4/8, 6/10/32, 5/8/64, …).
-        min_ngram, max_ngram: n-gram drafting looks for the longest repeated suffix of max_ngram down to min_ngram tokens.
+        min_ngram, max_ngram: n-gram drafting looks for the longest repeated suffix of max_ngram (at most 64) down to
+            min_ngram tokens.
         compile: ``"inductor"`` compiles the graphs' segments; ``"none"`` runs them as captured (tests, quick starts).
         cuda_graphs: on CUDA, replay each round as one CUDA graph; False launches its kernels one by one.
         verification: how sampled chains of a draft model are judged, both exactly: ``"token"`` by token (Leviathan et al.
@@ -110,8 +111,10 @@ class SpecConfig:
             raise ConfigError(f"topk={self.topk}: 1 drafts a chain, 2 to 16 a tree.")
         if self.num_draft_tokens is not None and not 2 <= self.num_draft_tokens <= 64:
             raise ConfigError(f"num_draft_tokens={self.num_draft_tokens}: verify 2 to 64 tokens a round, the root included.")
-        if not 1 <= self.min_ngram <= self.max_ngram:
-            raise ConfigError(f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram.")
+        if not 1 <= self.min_ngram <= self.max_ngram <= MOST_NGRAM:
+            raise ConfigError(
+                f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: need 1 <= min_ngram <= max_ngram <= {MOST_NGRAM}."
+            )
         if self.compile not in ("inductor", "none"):
             raise ConfigError(f"compile={self.compile!r}: choose 'inductor' or 'none'.")
         if self.verification not in ("token", "block"):
@@ -134,7 +137,10 @@ class SpecConfig:
                     f"simulate_accept_rates={self.simulate_accept_rates}: give a rate for each draft position, or leave the "
                     "option out to simulate nothing."
                 )
-            if not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in self.simulate_accept_rates):
+            if not all(
+                isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1
+                for rate in self.simulate_accept_rates
+            ):
                 raise ConfigError(f"simulate_accept_rates={self.simulate_accept_rates}: probabilities from 0 to 1.")
 
     def simulated_rates(self, num_steps: int) -> list[float] | None:
