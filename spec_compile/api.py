@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
 
 from spec_compile.config import SpecConfig
-from spec_compile.drafts import make_draft
+from spec_compile.drafts import load_draft, make_draft
 from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
-from spec_compile.hardware import detect_hardware
+from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.passes.select_backend import check_backend
@@ -38,6 +39,9 @@ def spec_compile(
     The same object comes back: weights, ``state_dict()``, plain ``model(...)`` and every argument of ``generate()`` keep
     their meaning; greedy output stays what plain ``generate()`` gives, sampling keeps its distribution. What cannot be
     accelerated runs as plain transformers and says so once.
+
+    Called again it replaces what it made before: wrong options, devices and draft files are found while that still stands, a
+    capture that fails, or a draft that does not go with its options, after it is gone (plain ``generate()`` then).
 
     Args:
         model: a causal language model on a CPU or CUDA device, in eval mode for generation.
@@ -65,7 +69,9 @@ def spec_compile(
     known = {f.name for f in dataclasses.fields(SpecConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ConfigError(f"unknown options {unknown}; SpecConfig has {', '.join(sorted(known))}.")
+        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        meant = f": did you mean {', '.join(near)}?" if near else ";"
+        raise ConfigError(f"unknown options {unknown}{meant} SpecConfig has {', '.join(sorted(known))}.")
     if not isinstance(config, SpecConfig | None):
         raise ConfigError(f"config={type(config).__name__} object: pass a SpecConfig, or its fields by keyword.")
     config = dataclasses.replace(config or SpecConfig(), **overrides)
@@ -74,17 +80,12 @@ def spec_compile(
             "simulate_accept_length and simulate_accept_rates need drafts to accept, and draft=None drafts nothing."
         )
     check_backend(backend)
+    device, hardware = _device_of(model)
+    with torch.autocast(device.type, enabled=False):
+        draft = load_draft(draft, model)
     if getattr(model, "spec", None) is not None:
         model.spec.remove()  # compiling again replaces, it does not stack
 
-    devices = {str(p.device) for p in model.parameters()}
-    if len(devices) > 1:
-        raise ConfigError(
-            f"the model's parameters are on {sorted(devices)}; spec_compile needs all on one device "
-            "(load with device_map={'': 0}, or model.to('cuda'))."
-        )
-    device = model.get_input_embeddings().weight.device
-    hardware = detect_hardware(device)
     compiler = SegmentCompiler(config.compile, hardware)
     tuner = AttentionTuner(hardware, device, config.progress)
 
@@ -105,3 +106,27 @@ def spec_compile(
         target = make(ModelRunner, model, "verify", () if source is None else source.taps)
     model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
     return model
+
+
+def _device_of(model: PreTrainedModel) -> tuple[torch.device, Hardware]:
+    """The one device that all of ``model`` is on, and what it is.
+
+    Raises:
+        ConfigError: several devices, one that nothing here runs on, or none at all.
+    """
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"the model's parameters are on {sorted(devices)}; spec_compile needs all on one device "
+            "(load with device_map={'': 0}, or model.to('cuda'))."
+        )
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise ConfigError(
+            "the model is on the meta device: its weights have no values. Load them first, with from_pretrained() or "
+            "model.to_empty(device='cpu') and load_state_dict()."
+        )
+    try:
+        return device, detect_hardware(device)
+    except ValueError as error:  # a leaf module knows no errors of ours
+        raise ConfigError(str(error)) from error

@@ -41,6 +41,29 @@ def test_a_whole_number_is_a_fine_float():
     assert SpecConfig(simulate_accept_length=3).simulate_accept_length == 3
 
 
+def test_an_ngram_has_a_bound():
+    """Buffers of a round grow with it."""
+    with pytest.raises(ConfigError, match=r"max_ngram=65: need .* max_ngram <= 64"):
+        SpecConfig(max_ngram=65)
+    assert SpecConfig(min_ngram=64, max_ngram=64).max_ngram == 64
+
+
+def test_a_rate_is_a_number():
+    with pytest.raises(ConfigError, match=r"simulate_accept_rates=\[True\]: probabilities from 0 to 1"):
+        SpecConfig(simulate_accept_rates=[True])
+
+
+@pytest.mark.parametrize(("option", "meant"), [("num_step", "num_steps"), ("pagesize", "page_size")])
+def test_a_mistyped_option_is_told_its_name(option: str, meant: str):
+    with pytest.raises(ConfigError, match=rf"unknown options \['{option}'\]: did you mean {meant}\? SpecConfig has"):
+        spec_compile(tiny_model("llama", num_hidden_layers=1), **{option: 3})
+
+
+def test_weights_without_values_are_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"on the meta device.*from_pretrained"):
+        spec_compile(tiny_model("llama", num_hidden_layers=1, device="meta"), compile="none")
+
+
 def test_config_must_be_a_config():
     with pytest.raises(ConfigError, match="config=dict object: pass a SpecConfig"):
         spec_compile(tiny_model("llama"), config={"num_steps": 3})

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from spec_compile import SpecConfig, spec_compile
-from spec_compile.errors import BackendError, ConfigError, DraftError
+from spec_compile.errors import BackendError, ConfigError, DraftError, SpecCompileError
 from spec_compile.hf_integration.generate import why_plain
 
 PROMPT = 11
@@ -307,6 +307,17 @@ def test_compiling_again_replaces(pair) -> None:
     assert type(model).__mro__[1] is type(tiny_model("llama"))
     assert_same((pair[0], model), left_padded(3, PROMPT))
     assert model.spec.stats().accept_length == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"draft": "/no/such/draft"}, {"backend": "fa9"}, {"max_ngram": 65}])
+def test_compiling_again_with_what_cannot_be_leaves_what_was(wrong: dict) -> None:
+    model = spec_compile(tiny_model("llama", num_hidden_layers=1), draft=None, compile="none")
+    before = model.spec
+    with pytest.raises(SpecCompileError):
+        spec_compile(model, **{"compile": "none", **wrong})
+    assert model.spec is before
+    model.generate(**left_padded(1, 4), max_new_tokens=2, do_sample=False)
+    assert model.spec.stats().mode == "rounds"
 
 
 def test_stats_count_what_was_emitted(pair) -> None:

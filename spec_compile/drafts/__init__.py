@@ -24,6 +24,35 @@ _STEPS = 5
 _MOST_SLOTS = 64  # of a window, see SpecConfig.num_draft_tokens
 
 
+def load_draft(
+    draft: str | os.PathLike | PreTrainedModel | MtpLayers | None, target: PreTrainedModel
+) -> str | PreTrainedModel | MtpLayers | None:
+    """What ``draft=`` names: ``"ngram"`` and None themselves, else the object, read from its files where it is named.
+
+    Raises:
+        DraftError: not a draft, or none that can be read.
+    """
+    from spec_compile.hf_integration.draft_checkpoint import refuse_unread
+
+    if draft is None or draft == "ngram":
+        return draft
+    if draft == "mtp":
+        from spec_compile.hf_integration.mtp_checkpoint import load_mtp_head
+
+        return load_mtp_head(target)
+    if isinstance(draft, str | os.PathLike):
+        return _load(os.fspath(draft), target)
+    if isinstance(draft, MtpLayers):
+        return draft
+    if not isinstance(draft, PreTrainedModel):
+        raise DraftError(
+            f"draft={type(draft).__name__} object: pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or "
+            "hub id of one, or None."
+        )
+    refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
+    return draft
+
+
 def make_draft(
     draft: str | PreTrainedModel | MtpLayers | None,
     target: PreTrainedModel,
@@ -45,26 +74,14 @@ def make_draft(
     from spec_compile.drafts.dflash import DFlashDraft
     from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
-    from spec_compile.hf_integration.draft_checkpoint import refuse_unread
 
+    draft = load_draft(draft, target)
     if draft is None:
         return None
     if draft == "ngram":
         return NgramDraft(_chain_only(config, "ngram", _NGRAM_STEPS), config.min_ngram, config.max_ngram)
-    if draft == "mtp":
-        from spec_compile.hf_integration.mtp_checkpoint import load_mtp_head
-
-        draft = load_mtp_head(target)
-    if isinstance(draft, str | os.PathLike):
-        draft = _load(os.fspath(draft), target)
     if isinstance(draft, MtpLayers):
         return _mtp_layers(draft, target, config, make_head_runner)
-    if not isinstance(draft, PreTrainedModel):
-        raise DraftError(
-            f"draft={type(draft).__name__} object: pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or "
-            "hub id of one, or None."
-        )
-    refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
     _check_device(draft, target)
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
