@@ -6,7 +6,10 @@ anything runs. Weights, caches and inputs arrive as placeholders; each is bound 
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import copy
+import re
 import threading
 import types
 from collections.abc import Callable
@@ -33,6 +36,8 @@ from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGra
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
 _PREFILL_EXAMPLE_TOKENS = 24
 _SUBJECT = "Developer debug context:"
+_RAISED = re.compile(r"raised exception CaptureError\((?P<text>.*)\)")  # ours, told by Dynamo (torch 2.13)
+PLAIN_WORKS = " The model is unchanged and its plain generate() still works; leave spec_compile() out for it."
 _one_at_a_time = threading.Lock()  # what transformers calls during capture finds its context in a global
 
 
@@ -255,15 +260,15 @@ def _reason(error: BaseException) -> str:
     """Dynamo's reports run to dozens of lines; what happened is in the first, its subject and place stand further down."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     subject = [line.removeprefix(_SUBJECT).strip() for line in lines if line.startswith(_SUBJECT)]
+    if ours := _RAISED.fullmatch("".join(subject[:1])):
+        with contextlib.suppress(ValueError, SyntaxError):  # no literal: Dynamo did not know the text
+            return ast.literal_eval(ours["text"])
     places = [line for line in lines if line.startswith("File ")]
     return ". ".join([": ".join([lines[0].rstrip("."), *subject[:1]]), *places[-1:]]) + "."
 
 
 def _message(model: PreTrainedModel, reason: str) -> str:
-    return (
-        f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be captured: {reason} "
-        "The model is unchanged and its plain generate() still works; leave spec_compile() out for it."
-    )
+    return f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be captured: {reason}{PLAIN_WORKS}"
 
 
 def _bind(gm: fx.GraphModule, example_inputs: list, inputs: dict[int, str], context: CaptureContext) -> fx.GraphModule:
