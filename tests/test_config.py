@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 from tiny import tiny_model
+from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedModel
 
-from spec_compile import SpecConfig, spec_compile
+from spec_compile import SpecConfig, drafts, spec_compile
 from spec_compile.errors import ConfigError, DraftError, SpecCompileError
 from spec_compile.hf_integration import draft_checkpoint
 from spec_compile.runtime import kv_pool
@@ -95,6 +96,27 @@ def test_a_draft_that_is_not_there_is_said_to_be_so_without_the_hub(draft: str, 
     monkeypatch.setattr(draft_checkpoint, "_config_from_hub", ask)
     with pytest.raises(DraftError, match=message):
         spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(BertModel, "no causal language"), (BertLMHeadModel, "BertSelfAttention is not causal")]
+)
+def test_a_model_that_is_not_causal_is_the_drafts_fault(kind: type[PreTrainedModel], why: str):
+    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    draft = kind(BertConfig(**small)).eval()
+    with pytest.raises(DraftError, match=rf"^draft={kind.__name__} object.*{why}.*Use 'ngram'") as said:
+        spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
+    assert "spec_compile() out" not in str(said.value), "that would be advice about the target"
+
+
+@pytest.mark.parametrize(("size", "told"), [(80, True), (128, True), (96, False), (100, False)])
+def test_a_draft_of_another_vocabulary_is_told_once(size: int, told: bool, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(drafts.log, "warning", lambda text, *args: said.append(text % args))
+    draft = tiny_model("llama", num_hidden_layers=1, vocab_size=size)
+    spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
+    wanted = f"draft=LlamaForCausalLM object has a vocabulary of {size} tokens, the target of 96: do they share a tokenizer?"
+    assert said == ([wanted] if told else [])
 
 
 def test_an_empty_directory_holds_no_draft(tmp_path: pathlib.Path):

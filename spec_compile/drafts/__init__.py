@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
 from spec_compile.drafts.names import check_name
-from spec_compile.errors import DraftError
+from spec_compile.errors import CaptureError, DraftError
+from spec_compile.hf_integration.capture import PLAIN_WORKS
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead, check_fits
 from spec_compile.hf_integration.mtp import MtpLayers
@@ -19,8 +21,11 @@ from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 
+log = logging.getLogger("spec_compile")
+
 _NGRAM_STEPS = 7
 _STEPS = 5
+_MOST_PADDING = 16  # two vocabularies of one tokenizer differ by less than this part of the larger one
 _MOST_SLOTS = 64  # of a window, see SpecConfig.num_draft_tokens
 
 
@@ -70,7 +75,6 @@ def make_draft(
     Raises:
         DraftError: not a draft, or one that cannot serve this target.
     """
-    from spec_compile.drafts.causal_lm import CausalLMDraft
     from spec_compile.drafts.dflash import DFlashDraft
     from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
@@ -89,7 +93,28 @@ def make_draft(
         if isinstance(draft, DFlashHead):
             return DFlashDraft(make_head_runner(draft), draft, _block_shape(config, draft), vocab_size)
         return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
-    return CausalLMDraft(make_runner(draft), _chain_only(config, "a causal LM", _STEPS), vocab_size)
+    return _causal_lm(draft, vocab_size, config, make_runner)
+
+
+def _causal_lm(
+    draft: PreTrainedModel, vocab_size: int, config: SpecConfig, make_runner: Callable[[PreTrainedModel], ModelRunner]
+) -> Draft:
+    """A draft model. What it cannot do is the draft's fault and not the target's."""
+    from spec_compile.drafts.causal_lm import CausalLMDraft
+
+    what, others = f"draft={type(draft).__name__} object", "Use 'ngram', a head trained for the target, or another causal LM."
+    shape = _chain_only(config, "a causal LM", _STEPS)
+    if draft.config.is_encoder_decoder or not draft.can_generate():
+        raise DraftError(f"{what} is no causal language model. {others}")
+    try:
+        runner = make_runner(draft)
+    except CaptureError as error:
+        raise DraftError(f"{what}: {str(error).removesuffix(PLAIN_WORKS)} {others}") from error
+    made = CausalLMDraft(runner, shape, vocab_size)
+    own = made.draft_vocab_size
+    if abs(own - vocab_size) > max(own, vocab_size) / _MOST_PADDING:
+        log.warning("%s has a vocabulary of %d tokens, the target of %d: do they share a tokenizer?", what, own, vocab_size)
+    return made
 
 
 def _mtp_layers(
