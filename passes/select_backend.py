@@ -71,22 +71,24 @@ def check_backend(backend: Backend) -> None:
     """Look at all of ``backend``, so that a typing error shows before anything is compiled.
 
     Raises:
-        BackendError: an unknown provider or stage name; lists the known ones.
+        BackendError: an unknown provider or stage name; lists the known ones. Or neither a name nor a dict of names.
     """
+    if not isinstance(backend, str | Mapping):
+        raise BackendError(f"backend={backend!r}: pass 'auto', 'tune', a provider's name, or a dict of these per stage.")
     if isinstance(backend, Mapping):
         stages = (*STAGES, *DELTA_OPS)
-        unknown = sorted(set(backend) - set(stages))
+        unknown = sorted(set(backend) - set(stages), key=str)
         if unknown:
             raise BackendError(f"backend={dict(backend)!r}: unknown stages {unknown}; stages are {', '.join(stages)}.")
     for stage, name in backend.items() if isinstance(backend, Mapping) else ((None, backend),):
         known = providers.DELTA_PROVIDERS if stage in DELTA_OPS else providers.PROVIDERS
-        if delta_only(name):
+        if isinstance(name, str) and delta_only(name):
             if stage in DELTA_OPS or f"gdn_{stage}" in DELTA_OPS:
                 continue
             ways = " or ".join(f"backend={{{op!r}: {name!r}}}" for op in DELTA_OPS)
             where = "attention" if stage is None else f"the {stage} stage, which has none of its own"
             raise BackendError(f"backend={name!r} runs gated delta rules, not {where}; say which ones: {ways}.")
-        if name not in (AUTO, TUNE, *known):
+        if not isinstance(name, str) or name not in (AUTO, TUNE, *known):
             where = f" for {stage}" if stage in DELTA_OPS else ""
             raise BackendError(
                 f"backend={name!r} is not a provider{where}; choose 'auto', 'tune', one of {', '.join(known)}, "
@@ -105,6 +107,20 @@ def check_delta_rules(backend: Backend) -> None:
             raise BackendError(
                 f"backend={dict(backend)!r}: {stage!r} names {name!r} for gated delta nets, and this model has none: leave "
                 "that entry out."
+            )
+
+
+def check_draft_stages(backend: Backend) -> None:
+    """For a call without a draft model or head: what ``backend`` says about their graphs would say nothing.
+
+    Raises:
+        BackendError: it names one of their stages.
+    """
+    for stage, name in backend.items() if isinstance(backend, Mapping) else ():
+        if stage in ("draft", "draft_extend"):
+            raise BackendError(
+                f"backend={dict(backend)!r}: {stage!r} names {name!r} for a draft model or head, and this call has none: leave "
+                "that entry out, or pass one as draft=."
             )
 
 
@@ -267,7 +283,8 @@ def _way_out(forced: str, node: Node, hardware: Hardware) -> str:
             continue
         problem = provider.probe().problem
         if problem is None:
-            return f"The nearest that can is {name}: backend={{{node.backend_key!r}: {name!r}}}, or backend='auto'."
+            entry = f"backend={{{node.backend_key!r}: {name!r}}}"
+            return f"The nearest that can is {name}: {entry} (other stages: automatic), or backend='auto'."
         missing = missing or f"The nearest that could is {name}, but: {problem}"
     return missing or "No provider can."
 

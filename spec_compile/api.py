@@ -16,7 +16,7 @@ from spec_compile.handle import SpecHandle
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.mtp import MtpLayers
-from spec_compile.passes.select_backend import check_backend
+from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.engine import Engine
@@ -80,6 +80,8 @@ def spec_compile(
             "simulate_accept_length and simulate_accept_rates need drafts to accept, and draft=None drafts nothing."
         )
     check_backend(backend)
+    if draft is None or draft == "ngram":
+        check_draft_stages(backend)
     device, hardware = _device_of(model)
     with torch.autocast(device.type, enabled=False):
         draft = load_draft(draft, model)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from spec_compile.errors import ConfigError, SpecCompileError
+from spec_compile.errors import BackendError, ConfigError, SpecCompileError
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """What a user needs of an error: our own say what to do; of others the type matters too."""
+    """What a user needs of an error: our own say what to do, here as an option; of others the type matters too."""
+    if isinstance(error, BackendError):
+        named = re.sub(r"(nearest that can is (\w+)): backend=\{.*?\} \(.*?\)", r"\1: --backend \2", str(error))
+        return re.sub(r"backend='(\w+)'", r"--backend \1", named)
     if isinstance(error, (SpecCompileError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}\nRun the command again with --debug before it for the traceback."

@@ -115,6 +115,13 @@ def test_a_model_that_is_not_there_names_the_path(tmp_path, capsys):
     assert str(tmp_path / "nothing") in error and "Traceback" not in error
 
 
+def test_a_backend_that_cannot_is_said_with_options_that_can_be_typed(loaded, capsys):
+    assert run("generate", "m", "--prompt", "w1", "--backend", "fa4", "--device", "cpu", "--compile", "none") == 1
+    error = capsys.readouterr().err
+    assert "error: --backend fa4 cannot run" in error and "backend=" not in error
+    assert error.endswith("The nearest that can is torch: --backend torch, or --backend auto.\n")
+
+
 def test_missing_dependency_is_exit_code_1_with_the_command(monkeypatch, capsys):
     def missing(*_):
         raise MissingDependencyError("not here; pip install it")

@@ -113,6 +113,19 @@ def test_an_unknown_provider_is_an_error_that_lists_the_known_ones(backend):
     assert all(name in str(error.value) for name in (*providers.PROVIDERS, "auto", "tune"))
 
 
+@pytest.mark.parametrize("backend", [["torch"], None, {"verify": ["torch"]}, {1: "torch", "decode": "torch"}])
+def test_what_is_no_name_is_an_error_of_ours(backend):
+    with pytest.raises(BackendError, match=r"dict of these per stage|unknown stages"):
+        check_backend(backend)
+
+
+@pytest.mark.parametrize("draft", [None, "ngram"])
+@pytest.mark.parametrize("stage", ["draft", "draft_extend"])
+def test_stages_of_a_draft_mean_nothing_without_one(draft: str | None, stage: str):
+    with pytest.raises(BackendError, match=f"'{stage}' names 'torch' for a draft model or head, and this call has none"):
+        spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, backend={stage: "torch"}, compile="none")
+
+
 def test_a_provider_of_delta_rules_alone_speaks_of_its_stages():
     """``fla`` has no attention: named for a stage it takes the stage's delta rules, and attention there is automatic."""
     assert "fla" not in providers.PROVIDERS
