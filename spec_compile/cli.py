@@ -274,6 +274,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, d
 def _run_demo(args: argparse.Namespace) -> int:
     from spec_compile.demo import run_demo
 
+    for prompt in args.prompt or ():
+        _not_empty(prompt)
     return run_demo(args)
 
 
@@ -322,7 +324,14 @@ def _generate(args: argparse.Namespace, prompt: str) -> int:
 def _read_prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
         raise ConfigError('No prompt: pass --prompt "…", or pipe one in.')
-    return sys.stdin.read() if given is None else given
+    return _not_empty(sys.stdin.read() if given is None else given)
+
+
+def _not_empty(prompt: str) -> str:
+    """``prompt``, before a model is loaded for it; in a chat template an empty one has tokens, too."""
+    if not prompt.strip():
+        raise ConfigError("--prompt: the prompt is empty.")
+    return prompt
 
 
 def _load(path: str | None, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -332,6 +341,10 @@ def _load(path: str | None, dtype: torch.dtype, device: torch.device) -> tuple[P
         return load_demo_model(dtype, device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from spec_compile.drafts.names import is_path
+
+    if is_path(path) and not os.path.exists(path):
+        raise ConfigError(f"MODEL_PATH {path}: there is no such directory.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), tokenizer

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from spec_compile import cli, doctor
 from spec_compile.errors import MissingDependencyError
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration import demo_model
 from spec_compile.ops import providers
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
@@ -109,10 +110,21 @@ def test_impossible_arguments_are_exit_code_2_without_traceback(argv, said, load
     assert error.startswith("error: ") and said in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("argv", [("generate",), ("demo",), ("demo", "--prompt", "w1")])
+def test_an_empty_prompt_ends_before_a_model_is_loaded(argv, monkeypatch, capsys):
+    def loading(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_load", loading)
+    monkeypatch.setattr(demo_model, "load_demo_model", loading)
+    assert run(*argv, "--prompt", " ") == 2
+    assert capsys.readouterr().err == "error: --prompt: the prompt is empty.\n"
+
+
 def test_a_model_that_is_not_there_names_the_path(tmp_path, capsys):
     assert run("generate", str(tmp_path / "nothing"), "--prompt", "a") == 2
     error = capsys.readouterr().err
-    assert str(tmp_path / "nothing") in error and "Traceback" not in error
+    assert error == f"error: MODEL_PATH {tmp_path / 'nothing'}: there is no such directory.\n"
 
 
 def test_a_backend_that_cannot_is_said_with_options_that_can_be_typed(loaded, capsys):
