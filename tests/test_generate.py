@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
     pipeline,
 )
+from transformers.generation import stopping_criteria
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.errors import BackendError, ConfigError, DraftError, SpecCompileError
@@ -53,6 +54,22 @@ def assert_same(pair, inputs, mode: str = "rounds", **settings) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_length": 25, "max_new_tokens": None}])
 def test_lengths(pair, settings: dict) -> None:
     assert_same(pair, left_padded(3, PROMPT), **settings)
+
+
+@pytest.mark.parametrize(("context", "told"), [(7, True), (8, False)])
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.1}], ids=["rounds", "lockstep"])
+def test_a_text_longer_than_the_models_context_is_told_as_by_plain_generate(
+    context: int, told: bool, extra: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=context)
+    inputs = left_padded(1, 4)
+    model.generate(**inputs, max_new_tokens=5, do_sample=False, **extra)
+    plain = set(said)
+    said.clear()
+    spec_compile(model, compile="none", num_steps=2).generate(**inputs, max_new_tokens=5, do_sample=False, **extra)
+    assert set(said) == plain and bool(plain) == told
 
 
 @pytest.mark.parametrize("limits", [[PROMPT], [5], [14, 25], [25, 14]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from spec_compile.hf_integration.generate import GenerateCall
 
@@ -39,12 +40,22 @@ class Transcript:
         self.finished = finished
         if not self.call.per_token:
             self.counts = [len(row) for row in self.rows]
+            if all(finished):
+                self._ask_length()
             return all(finished)
         while self._column_ready():
             column = torch.tensor([self._token(i) for i in range(len(self.rows))], device=self.text.device)
             if self.append(column, None):
                 return True
         return False
+
+    def _ask_length(self) -> None:
+        """Ask the length criteria of a call whose end the device found: they log transformers' reminder about texts that are
+        longer than the model's ``max_position_embeddings``."""
+        length = self.prompt_len + max(self.counts)
+        for criterion in self.call.stopping_criteria:
+            if type(criterion) is MaxLengthCriteria:  # it says nothing at its own end
+                criterion(self.text.new_empty(1, min(length, criterion.max_length - 1)), None)
 
     def _column_ready(self) -> bool:
         live = [len(row) for row, done in zip(self.rows, self.finished, strict=True) if not done]
