@@ -95,18 +95,20 @@ def test_ties_go_to_the_lowest_id_as_in_generate():
 SLICED = 64 * 35  # 7 slices of 320
 
 
-@pytest.mark.parametrize("vocab_size", [SLICED, SLICED + 1], ids=["sliced", "whole"])
-def test_large_vocabularies_are_searched_in_slices(vocab_size: int):
+@pytest.mark.parametrize(
+    ("vocab_size", "rows"), [(SLICED, 8), (SLICED + 1, 8), (SLICED, 193)], ids=["sliced", "no divisor", "many rows"]
+)
+def test_large_vocabularies_are_searched_in_slices(vocab_size: int, rows: int):
     """Every token of the vocabulary is found; of equal logits the first, within a slice and across; NaN as argmax has it."""
 
     def logits_are_given(hidden):
         return hidden
 
     graph = narrow_logits(
-        stage_graph(logits_are_given, "verify", hidden=Input("hidden", torch.zeros(1, 8, vocab_size))), argmax=True
+        stage_graph(logits_are_given, "verify", hidden=Input("hidden", torch.zeros(1, rows, vocab_size))), argmax=True
     )
-    assert len(find(graph, "unflatten")) == (vocab_size == SLICED)
-    logits = torch.randn(1, 8, vocab_size)
+    assert len(find(graph, "unflatten")) == ((vocab_size, rows) == (SLICED, 8))
+    logits = torch.randn(1, rows, vocab_size)
     logits[0, 0, 5] = logits[0, 0, 17] = logits[0, 0, 1000] = 9.0
     logits[0, 1, [319, 320, 640]] = 9.0
     logits[0, 2, [400, 300]] = float("nan")
