@@ -36,7 +36,10 @@ from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGra
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
 _PREFILL_EXAMPLE_TOKENS = 24
 _SUBJECT = "Developer debug context:"
-_RAISED = re.compile(r"raised exception CaptureError\((?P<text>.*)\)")  # ours, told by Dynamo (torch 2.13)
+# Ours, as Dynamo retells them: CaptureError('…') in torch 2.13, CaptureError((ConstantVariable(str: '…'),)) in 2.11.
+_RAISED = re.compile(
+    r"raised exception CaptureError\([\[(]*(?:ConstantVariable\(str: )?(?P<text>'.*'|\".*\")[\]),]*\)", re.DOTALL
+)
 PLAIN_WORKS = " The model is unchanged and its plain generate() still works; leave spec_compile() out for it."
 _one_at_a_time = threading.Lock()  # what transformers calls during capture finds its context in a global
 
@@ -180,6 +183,8 @@ def _capture(
     """Trace ``forward(context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``."""
     captured: list[StageGraph] = []
     try:
+        if model.config.is_encoder_decoder:
+            raise CaptureError("it has an encoder beside its decoder; only decoder-only models can be captured.")
         config = model.config.get_text_config(decoder=True)
         layer_windows(config)
         modeling_modules(model, recurrent_layers(config))

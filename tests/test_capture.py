@@ -9,12 +9,12 @@ import torch
 from stage_graphs import bindings, find, run, runtime_inputs
 from tiny import tiny_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from spec_compile.errors import CaptureError
 from spec_compile.hf_integration import attention_interface
 from spec_compile.hf_integration.attention_interface import attention_function, capture_context, layer_windows
-from spec_compile.hf_integration.capture import capture_prefill, capture_window
+from spec_compile.hf_integration.capture import _reason, capture_prefill, capture_window
 from spec_compile.ops.providers import torch_sdpa  # noqa: F401 (registers the CPU ops)
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.stage import stage
@@ -249,6 +249,25 @@ def test_a_model_that_is_not_causal_is_refused():
     ) as said:
         capture_window(model, 1, 2, "verify")
     assert "Observed exception" not in str(said.value) and "File" not in str(said.value)
+
+
+def test_a_model_with_an_encoder_is_refused():
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(CaptureError, match=r"T5ForConditionalGeneration.*it has an encoder beside its decoder"):
+        capture_window(T5ForConditionalGeneration(config).eval(), 1, 2, "verify")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        """CaptureError("T5Attention passes ['position_bias']")""",
+        """CaptureError((ConstantVariable(str: "T5Attention passes ['position_bias']"),))""",
+    ],
+    ids=["torch 2.13", "torch 2.11"],
+)
+def test_our_errors_are_told_without_what_dynamo_makes_of_them(told: str):
+    report = f'Observed exception\n  Developer debug context: raised exception {told}\n  File "/a/b.py", line 3, in c'
+    assert _reason(RuntimeError(report)) == "T5Attention passes ['position_bias']"
 
 
 def test_layers_of_another_kind_are_refused_by_name():
