@@ -9,6 +9,7 @@ from tiny import tiny_model
 from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedModel
 
 from spec_compile import SpecConfig, drafts, spec_compile
+from spec_compile.drafts.names import check_name
 from spec_compile.errors import ConfigError, DraftError, SpecCompileError
 from spec_compile.hf_integration import draft_checkpoint
 from spec_compile.runtime import kv_pool
@@ -96,6 +97,11 @@ def test_a_draft_that_is_not_there_is_said_to_be_so_without_the_hub(draft: str, 
     monkeypatch.setattr(draft_checkpoint, "_config_from_hub", ask)
     with pytest.raises(DraftError, match=message):
         spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
+
+
+@pytest.mark.parametrize("draft", ["someone/model_mtp", "someone/eagle3", "gpt2", "someone/ngrams"])
+def test_what_may_be_a_repository_goes_to_the_hub(draft: str):
+    check_name(draft)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def check_name(name: str) -> None:
         raise DraftError(
             f"draft={name!r} drafts are not supported; use 'ngram', 'mtp', or the path or hub id of an EAGLE head."
         )
-    if lower == "nextn" or lower.endswith("_mtp"):
+    if lower == "nextn" or (lower.endswith("_mtp") and "/" not in lower):  # vLLM's methods; a repository has an owner
         raise DraftError(f"draft={name!r}: did you mean 'mtp'?")
     if is_path(name):
         raise DraftError(f"draft={name!r}: there is no such directory.")
