@@ -99,7 +99,7 @@ def test_a_draft_that_is_not_there_is_said_to_be_so_without_the_hub(draft: str, 
         spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
 
 
-@pytest.mark.parametrize("draft", ["someone/model_mtp", "someone/eagle3", "gpt2", "someone/ngrams"])
+@pytest.mark.parametrize("draft", ["someone/model_mtp", "someone/eagle3", "gpt2", "someone/ngrams", "me/ngram"])
 def test_what_may_be_a_repository_goes_to_the_hub(draft: str):
     check_name(draft)
 

@@ -72,7 +72,7 @@ def test_a_text_longer_than_the_models_context_is_told_as_by_plain_generate(
     assert set(said) == plain and bool(plain) == told
 
 
-@pytest.mark.parametrize("limits", [[PROMPT], [5], [14, 25], [25, 14]])
+@pytest.mark.parametrize("limits", [[PROMPT], [5], [0], [14, 25], [25, 14]])
 def test_length_criteria_of_the_caller(pair, limits: list[int]) -> None:
     """The shortest one ends the text, and one token comes even where none would fit."""
     criteria = StoppingCriteriaList([MaxLengthCriteria(limit) for limit in limits])

@@ -42,7 +42,7 @@ def check_name(name: str) -> None:
         raise DraftError(f"draft={name!r}: did you mean 'mtp'?")
     if is_path(name):
         raise DraftError(f"draft={name!r}: there is no such directory.")
-    if near := difflib.get_close_matches(lower, _KINDS, cutoff=0.7):
+    if "/" not in lower and (near := difflib.get_close_matches(lower, _KINDS, cutoff=0.7)):
         raise DraftError(f"draft={name!r}: did you mean {near[0]!r}?")
 
 

@@ -55,7 +55,7 @@ class Transcript:
         length = self.prompt_len + max(self.counts)
         for criterion in self.call.stopping_criteria:
             if type(criterion) is MaxLengthCriteria:  # it says nothing at its own end
-                criterion(self.text.new_empty(1, min(length, criterion.max_length - 1)), None)
+                criterion(self.text.new_empty(1, max(min(length, criterion.max_length - 1), 0)), None)
 
     def _column_ready(self) -> bool:
         live = [len(row) for row, done in zip(self.rows, self.finished, strict=True) if not done]
