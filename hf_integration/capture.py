@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import inspect
 import re
 import threading
 import types
@@ -217,7 +218,17 @@ def _capture(
         _check_length(model, captured[0], inputs)
     graph = finish(captured[0])
     _check(model, graph)
+    _check_positions(model, graph, inputs)
     return graph
+
+
+def _check_positions(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:
+    """Decoders of encoder-decoder families (BartForCausalLM) take no positions and count from the cache's length, which is
+    none here: every window would stand at position 0. A model without positions at all may take and ignore them."""
+    bound = {getattr(node.meta["binding"], "name", None) for node in placeholders(graph.gm)}
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    if "position_ids" in inputs and "position_ids" not in bound and not takes:
+        raise CaptureError(_message(model, "its forward takes no position_ids, so tokens cannot be told where they stand."))
 
 
 def _check_length(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:

@@ -130,6 +130,7 @@ def test_forward_and_weights_are_unchanged(reference: PreTrainedModel, model: Pr
         ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, r"layers \[\] reach the attention interface"),
         ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, r"layers \[\] reach the attention interface"),
         ("falcon", {**_SMALL, "alibi": True}, r"layers \[\] reach the attention interface"),
+        ("bart", {"d_model": 64, "decoder_layers": 1, "encoder_layers": 1}, "its forward takes no position_ids"),
         ("bert", {**_SMALL, "is_decoder": False}, "BertSelfAttention is not causal"),
         (
             "mamba",
