@@ -41,7 +41,8 @@ def spec_compile(
     accelerated runs as plain transformers and says so once.
 
     Called again it replaces what it made before: wrong options, devices and draft files are found while that still stands, a
-    capture that fails, or a draft that does not go with its options, after it is gone (plain ``generate()`` then).
+    capture that fails, or a draft that does not go with its options, after it is gone (plain ``generate()`` then). Until then
+    both drafts are in memory: ``model.spec.remove()`` first where that is too much.
 
     Args:
         model: a causal language model on a CPU or CUDA device, in eval mode for generation.
