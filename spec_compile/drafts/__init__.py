@@ -34,6 +34,10 @@ def load_draft(
 ) -> str | PreTrainedModel | MtpLayers | None:
     """What ``draft=`` names: ``"ngram"`` and None themselves, else the object, read from its files where it is named.
 
+    Args:
+        draft: ``"ngram"``, ``"mtp"`` (the head in the target's own checkpoint), a draft head (EAGLE, DFlash, MTP, or several
+            MTP layers), a causal LM, the path or hub id of one, or None for no speculation.
+
     Raises:
         DraftError: not a draft, or none that can be read.
     """
@@ -65,21 +69,19 @@ def make_draft(
     make_runner: Callable[[PreTrainedModel], ModelRunner],
     make_head_runner: Callable[[DraftHead], HeadRunner | DFlashRunner],
 ) -> Draft | None:
-    """The draft a user named.
+    """What proposes tokens, of what ``load_draft`` gave.
 
     Args:
-        draft: ``"ngram"``, ``"mtp"`` (the head in the target's own checkpoint), a draft head (EAGLE, DFlash, MTP, or several
-            MTP layers), a causal LM, the path or hub id of one, or None for no speculation.
+        draft: ``"ngram"``, a draft head (EAGLE, DFlash, MTP, or several MTP layers), a causal LM, or None for no speculation.
         make_runner, make_head_runner: build the runner of a draft model, of a head.
 
     Raises:
-        DraftError: not a draft, or one that cannot serve this target.
+        DraftError: one that cannot serve this target, or not with these options.
     """
     from spec_compile.drafts.dflash import DFlashDraft
     from spec_compile.drafts.eagle import EagleDraft
     from spec_compile.drafts.ngram import NgramDraft
 
-    draft = load_draft(draft, target)
     if draft is None:
         return None
     if draft == "ngram":
