@@ -139,7 +139,7 @@ def step_logits(head: DraftHead, packed: Packed, states: Tensor, steps: int) -> 
     for step in range(steps):
         hidden = head(
             input_ids=shifted(packed.ids, step + 1), hidden_states=fed, position_ids=packed.position + step,
-            past_key_values=cache, attention_mask=visible,
+            cache=cache, attention_mask=visible,
         )  # fmt: skip
         yield head.logits(hidden)
         fed = head.feedback(hidden)

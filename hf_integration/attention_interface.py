@@ -27,7 +27,7 @@ NAME = "spec_compile"
 # Keyword arguments of an attention call that change nothing we do not already express.
 _HARMLESS_KWARGS = {
     "dropout", "is_causal", "position_ids", "cache_position", "output_attentions", "output_hidden_states",
-    "use_cache", "past_key_values", "position_embeddings", "sliding_window", "layer_idx", "num_items_in_batch",
+    "use_cache", "cache", "past_key_values", "position_embeddings", "sliding_window", "layer_idx", "num_items_in_batch",
     "return_dict", "logits_to_keep", "training", "attention_dropout", "cu_seq_lens_q", "cu_seq_lens_k",
     "max_length_q", "max_length_k", "output_router_logits", "block_sequence_ids", "scaling", "softcap", "s_aux",
 }  # fmt: skip
@@ -84,7 +84,7 @@ class PassThroughLayer(CacheLayerMixin):
 
 
 class CaptureCache(Cache):
-    """The ``past_key_values`` a captured forward sees."""
+    """The cache a captured forward sees."""
 
     def __init__(self, num_layers: int, recurrent: list[int], context: CaptureContext) -> None:
         layers = [PassThroughStates(i, context) if i in recurrent else PassThroughLayer() for i in range(num_layers)]

@@ -27,6 +27,7 @@ from spec_compile.hf_integration.attention_interface import (
     layer_windows,
     recurrent_layers,
 )
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
@@ -98,7 +99,7 @@ def capture_head_window(
 
     def forward(context: CaptureContext, input_ids, position_ids, hidden_states, slots=None):
         states = head.project(hidden_states) if stage == "draft_extend" else hidden_states
-        hidden = head(input_ids, states, position_ids, past_key_values=context.cache)  # [B, N, H]
+        hidden = head(input_ids, states, position_ids, cache=context.cache)  # [B, N, H]
         kept = hidden if slots is None else hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, R, H]
         return head.logits(kept), head.feedback(hidden if all_states else kept)
 
@@ -111,7 +112,7 @@ def capture_head_prefill(head: DraftHead) -> StageGraph:
     inputs["hidden_states"] = _states_like(head, inputs["input_ids"], of_target=True)
 
     def forward(context: CaptureContext, input_ids, position_ids, hidden_states):
-        return (head(input_ids, head.project(hidden_states), position_ids, past_key_values=context.cache),)
+        return (head(input_ids, head.project(hidden_states), position_ids, cache=context.cache),)
 
     return _capture(head, 1, "prefill", inputs, forward, dynamic_length=True)
 
@@ -126,7 +127,7 @@ def capture_block(head: DFlashHead, batch: int, num_drafts: int) -> StageGraph:
     drafts = slice(head.first_slot, head.first_slot + num_drafts)
 
     def forward(context: CaptureContext, input_ids, position_ids):
-        return (head.logits(head(input_ids, position_ids, past_key_values=context.cache)[:, drafts]),)
+        return (head.logits(head(input_ids, position_ids, cache=context.cache)[:, drafts]),)
 
     return _capture(head, batch, "draft", _token_inputs(head, batch, head.block_size), forward, dynamic_length=False)
 
@@ -164,8 +165,10 @@ def _states_like(head: DraftHead, input_ids: Tensor, *, of_target: bool) -> Tens
 def _causal_lm(model: PreTrainedModel, taps: tuple[int, ...], states: dict[int, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """A forward that returns the logits and the tapped states [B, N, Ht], which hooks put into ``states``."""
 
+    cache = cache_argument(model.forward)
+
     def forward(context: CaptureContext, input_ids, position_ids):
-        out = model(input_ids=input_ids, position_ids=position_ids, past_key_values=context.cache, use_cache=True)
+        out = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **{cache: context.cache})
         # A graph puts no tensor out twice; small targets have heads that read one state in two places.
         return (out.logits, *(states[tap].clone() if tap in taps[:i] else states[tap] for i, tap in enumerate(taps)))
 

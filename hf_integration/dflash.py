@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise
 
 
@@ -65,6 +66,7 @@ class DFlashHead(DraftHead):
         self.fc = nn.Linear(self.target_width, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps)
         self.layers = nn.ModuleList([Qwen3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.layer_cache = cache_argument(self.layers[0].forward)
         self.norm = Qwen3RMSNorm(hidden, eps)
 
     @property
@@ -104,7 +106,7 @@ class DFlashHead(DraftHead):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One block of N slots of B rows behind a cached context.
@@ -115,14 +117,14 @@ class DFlashHead(DraftHead):
         Args:
             input_ids: int64 [B, N] from ``block``.
             position_ids: int64 [B, N], cache_len and on.
-            past_key_values: holds ``context_kv``; the block's own keys and values are appended and must be dropped afterwards.
+            cache: holds ``context_kv``; the block's own keys and values are appended and must be dropped afterwards.
             attention_mask: a mask [B, 1, N, S] that is used as it is, e.g. for ragged rows.
 
         Returns:
             [B, N, H], for ``logits``.
         """
         hidden = self.embed_tokens(input_ids)
-        shared = {"past_key_values": past_key_values, "position_embeddings": self.rotary_emb(hidden, position_ids)}
+        shared = {self.layer_cache: cache, "position_embeddings": self.rotary_emb(hidden, position_ids)}
         for layer in self.layers:
             hidden = layer(hidden, attention_mask, position_ids, is_causal=False, **shared)
         return hidden

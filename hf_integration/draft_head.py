@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -33,6 +34,7 @@ class DraftHead(PreTrainedModel):
         target_width: features of the concatenated taps, ``len(taps) * Ht``.
         draft_ids: int64 [Vd], the target's token id of every draft id; None when both vocabularies are the same.
         owned: which of ``"embed_tokens"`` and ``"lm_head"`` are the head's own; the others are the target's modules.
+        layer_cache: the name by which its layers take their cache, where it is passed by name.
     """
 
     main_input_name = "input_ids"
@@ -45,6 +47,7 @@ class DraftHead(PreTrainedModel):
     target_width: int
     draft_ids: Tensor | None
     owned: tuple[str, ...]
+    layer_cache: str
 
     def __init__(
         self,
@@ -173,13 +176,13 @@ def layer_sizes_like(target: PreTrainedModel) -> dict[str, object]:
 
 
 def causal_masks(
-    head: DraftHead, embeds: Tensor, attention_mask: Tensor | None, past_key_values, position_ids: Tensor
+    head: DraftHead, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
 ) -> list[Tensor | None]:
     """The mask of every layer, made by transformers; None under capture, where the attention op knows its windows."""
     config = head.config
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    masks = {kind: make[kind](config, embeds, attention_mask, past_key_values, position_ids) for kind in set(layer_types)}
+    masks = {kind: make[kind](config, embeds, attention_mask, cache, position_ids) for kind in set(layer_types)}
     return [masks[kind] for kind in layer_types[: config.num_hidden_layers]]
 
 

@@ -53,16 +53,16 @@ class EagleHead(DraftHead):
         input_ids: Tensor,
         hidden_states: Tensor,
         position_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """As ``Eagle3Head.forward``: [B, N] ids and positions, [B, N, H] states -> [B, N, H]."""
         embeds = self.embed(input_ids).to(hidden_states.dtype)
         hidden = self.fc(torch.cat([embeds, hidden_states], -1))
-        masks = causal_masks(self, embeds, attention_mask, past_key_values, position_ids)
+        masks = causal_masks(self, embeds, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer, mask in zip(self.layers, masks, strict=True):
-            hidden = layer(hidden, mask, position_ids, past_key_values, position_embeddings=rotary)
+            hidden = layer(hidden, mask, position_ids, cache, position_embeddings=rotary)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, layer_sizes_like, like_target, randomise
 
 
@@ -109,6 +110,7 @@ class Eagle3Head(DraftHead):
         layer = {"llama": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}[config.model_type]
         others = [layer(config, layer_idx) for layer_idx in range(1, config.num_hidden_layers)]
         self.layers = nn.ModuleList([Eagle3FirstLayer(config, options.norm_before_residual), *others])
+        self.layer_cache = cache_argument(self.layers[0].self_attn.forward)
         self.norm = LlamaRMSNorm(hidden, eps)
 
     def project(self, states: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class Eagle3Head(DraftHead):
         input_ids: Tensor,
         hidden_states: Tensor,
         position_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One pass over N slots of B rows.
@@ -139,9 +141,9 @@ class Eagle3Head(DraftHead):
             [B, N, H], for ``logits`` and ``feedback``.
         """
         embeds = self.embed(input_ids).to(hidden_states.dtype)
-        masks = causal_masks(self, embeds, attention_mask, past_key_values, position_ids)
+        masks = causal_masks(self, embeds, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(hidden_states, position_ids)
-        shared = {"past_key_values": past_key_values, "position_embeddings": rotary}
+        shared = {self.layer_cache: cache, "position_embeddings": rotary}
         hidden = self.layers[0](hidden_states, embeds, attention_mask=masks[0], **shared)
         for layer, mask in zip(self.layers[1:], masks[1:], strict=True):
             hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, **shared)

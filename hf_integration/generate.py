@@ -27,15 +27,16 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.rope import fixed_rope_length
 
 _PLAIN_LOOPS = {"_assisted_decoding": "assisted generation of transformers", "_beam_search": "beam search"}
 _KNOWN_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
     "use_cache",
     "logits_to_keep",
     "cache_position",
@@ -111,10 +112,10 @@ def why_plain(
     fixed = fixed_rope_length(model.config.get_text_config(decoder=True))
     if fixed is not None and generation_config.max_length > fixed:
         return f"texts that may pass {fixed} tokens, near where this model's rotary frequencies change, are not accelerated"
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
-        return "past_key_values given by the caller is not accelerated"
-    given = {k for k, v in model_kwargs.items() if v is not None and not (isinstance(v, dict) and not v)}  # {}: no images
+    caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]  # by type: their name has changed before
+    if any(getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0 for cache in caches):
+        return "a cache given by the caller is not accelerated"
+    given = {k for k, v in model_kwargs.items() if _says_something(v)}
     unknown = sorted(given - set(_KNOWN_KWARGS))
     if unknown:
         return f"model inputs {unknown} are not accelerated"
@@ -132,12 +133,17 @@ def why_plain(
     return None
 
 
+def _says_something(value: object) -> bool:
+    """Whether a model input is more than its absence: not None, {} (no images) or a cache, which the pool stands in for."""
+    return not (value is None or isinstance(value, Cache) or (isinstance(value, dict) and not value))
+
+
 def what_differs(generation_config: GenerationConfig) -> list[str]:
     """What of an accelerated call is not as in plain ``generate()``, each with what to do about it."""
     notes = []
     if generation_config.return_dict_in_generate:
         notes.append(
-            "past_key_values of the result is None, because keys and values stay in the model's KV pool; call generate() "
+            f"{RESULT_CACHE} of the result is None, because keys and values stay in the model's KV pool; call generate() "
             "within `with model.spec.disable():` where you need them"
         )
     if generation_config.prefill_chunk_size is not None:

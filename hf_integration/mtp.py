@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target, randomise
 from spec_compile.hf_integration.taps import decoder_layers
 
@@ -64,6 +65,7 @@ class MtpHead(DraftHead):
         self.enorm, self.hnorm, self.norm = (norm(hidden, eps=eps) for _ in range(3))
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         self.layers = nn.ModuleList([layer(config, 0)])
+        self.layer_cache = cache_argument(self.layers[0].forward)
         in_float32 = {name for other in layers for name, value in other.state_dict().items() if value.dtype == torch.float32}
         for name, value in self.layers[0].state_dict(keep_vars=True).items():
             if name in in_float32:  # routers' biases, whatever the model's type
@@ -85,22 +87,22 @@ class MtpHead(DraftHead):
         input_ids: Tensor,
         hidden_states: Tensor,
         position_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """As ``Eagle3Head.forward``: [B, N] ids and positions, [B, N, H] states -> [B, N, H], behind the last norm."""
         embeds = self.embed(input_ids).to(hidden_states.dtype)
         pair = [self.enorm(embeds), self.hnorm(hidden_states)]
         hidden = self.eh_proj(torch.cat(pair[::-1] if self.hidden_first else pair, -1))
-        (mask,) = causal_masks(self, embeds, attention_mask, past_key_values, position_ids)
+        (mask,) = causal_masks(self, embeds, attention_mask, cache, position_ids)
         # Qwen3.5's rotary embedding takes three streams of positions; of text they are the same.
         rotary_ids = position_ids.expand(3, -1, -1) if hasattr(self.rotary_emb, "mrope_section") else position_ids
         hidden = self.layers[0](
             hidden,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             position_embeddings=self.rotary_emb(hidden, rotary_ids),
+            **{self.layer_cache: cache},
         )
         return self.norm(hidden)
 

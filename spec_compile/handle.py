@@ -30,7 +30,7 @@ class SpecHandle:
     """Attached as ``model.spec`` by ``spec_compile``.
 
     Buffers and graphs serve one call at a time: calls of other threads wait, and a call from within a call (a criterion or
-    streamer that generates with the same model) runs plain. Results never hold a cache: ``past_key_values`` is None.
+    streamer that generates with the same model) runs plain. Results never hold a cache: that field is None.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:

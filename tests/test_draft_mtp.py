@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 from spec_compile.hf_integration.mtp import MtpHead, random_mtp_head
 from spec_compile.hf_integration.mtp_checkpoint import find_mtp, holds_mtp_for, load_mtp_head
@@ -59,7 +60,7 @@ def transformers_logits(target: PreTrainedModel, given: dict[str, Tensor]) -> li
             states,
             position_embeddings=model.rotary_emb(embeds, position_ids=here),
             position_ids=here,
-            past_key_values=cache,
+            **{cache_argument(model.layers[0].forward): cache},
             **model.create_masks_for_mtp_layer(0, embeds, cache, here),
         )
         out.append(model._project_to_logits(states))

@@ -18,6 +18,7 @@ from spec_compile.config import SpecConfig
 from spec_compile.drafts.base import Verified
 from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
 from spec_compile.hf_integration.mtp import random_mtp_head
@@ -109,13 +110,13 @@ def check_row(engine: Engine, state: DecodeState, row: int) -> None:
     text = state.tokens[row, : length + 1]
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     cache = DynamicCache()
-    engine.target.model(text[None, :-1], past_key_values=cache, use_cache=True)
+    engine.target.model(text[None, :-1], use_cache=True, **{cache_argument(engine.target.model.forward): cache})
     check_stored(engine.target, state.page_table[row], cache, length, 1e-4)
 
     head: DraftHead = engine.draft.head
     states = head.project(target_states(engine.target.model, head.taps, text[:-1]))  # [1, L, H]
     cache = DynamicCache()
-    hidden = head(text[None, 1:], states, torch.arange(length)[None], past_key_values=cache)
+    hidden = head(text[None, 1:], states, torch.arange(length)[None], cache=cache)
     check_stored(engine.draft.runners[0], state.page_table[row], cache, length, 1e-4)
     if not state.finished[row]:
         close(engine.draft.level_states[row], head.feedback(hidden)[0, -1])

@@ -155,7 +155,7 @@ def drafted_from_scratch(engine: Engine, text: Tensor) -> tuple[list[int], list[
     for ahead, runner in enumerate(engine.draft.runners, 1):
         ids = torch.cat([text, torch.tensor(drafts, dtype=torch.int64)])[ahead : ahead + count]
         caches.append(DynamicCache())
-        states = runner.model(ids[None], states, torch.arange(count)[None], past_key_values=caches[-1])
+        states = runner.model(ids[None], states, torch.arange(count)[None], cache=caches[-1])
         drafts.append(int(runner.model.logits(states)[0, -1].argmax()))
     return drafts, caches
 

@@ -21,6 +21,7 @@ from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
 from spec_compile.hf_integration.recurrent_layers import recurrent_capture
 from spec_compile.runtime import kv_pool, state_pool
@@ -79,7 +80,7 @@ def hybrid() -> tuple[ModelRunner, Eagle3Head, dict[str, object]]:
 def states_of(model, text: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What transformers keeps behind ``text`` [L], a pair a layer: state [Hv, D, Dv], inputs of the convolution [C, K]."""
     cache = DynamicCache(config=model.config)
-    model(text[None], past_key_values=cache, use_cache=True)
+    model(text[None], use_cache=True, **{cache_argument(model.forward): cache})
     layers = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
     return [(layer.recurrent_states[0][0], layer.conv_states[0][0]) for layer in layers]
 

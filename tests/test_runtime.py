@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spec_compile.config import SpecConfig, chain
 from spec_compile.drafts import make_draft
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
@@ -97,7 +98,7 @@ def text(state: DecodeState, row: int) -> list[int]:
 @torch.no_grad()
 def check_caches(runner: ModelRunner, state: DecodeState, row: int, length: int) -> None:
     cache = DynamicCache()
-    runner.model(state.tokens[row, None, :length], past_key_values=cache, use_cache=True)
+    runner.model(state.tokens[row, None, :length], use_cache=True, **{cache_argument(runner.model.forward): cache})
     check_stored(runner, state.page_table[row], cache, length, 1e-5)
 
 

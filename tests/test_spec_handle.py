@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.hardware import Hardware
+from spec_compile.hf_integration.caches import RESULT_CACHE, cache_argument
 from spec_compile.ops import providers
 from spec_compile.runtime import model_runner
 
@@ -69,13 +70,13 @@ def _with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, 
     """A conversation goes on: all but the last two prompt tokens are in the caller's cache."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :-2], past_key_values=cache)
-    return {**inputs, "past_key_values": cache}
+        model(input_ids=inputs["input_ids"][:, :-2], **{cache_argument(model.forward): cache})
+    return {**inputs, RESULT_CACHE: cache}
 
 
 @pytest.mark.parametrize(
     ("request_of", "why"),
-    [(_with_embeddings, "inputs_embeds"), (_with_assistant, "assisted generation"), (_with_cache, "past_key_values")],
+    [(_with_embeddings, "inputs_embeds"), (_with_assistant, "assisted generation"), (_with_cache, "cache")],
 )
 def test_requests_that_run_plain_say_so_once(pair, request_of, why: str) -> None:
     reference, model = pair
@@ -97,15 +98,15 @@ def test_what_an_accelerated_call_does_not_give_is_said_once(pair) -> None:
     with pytest.warns(UserWarning) as told:
         ours = model.generate(**inputs, **settings)
     texts = [str(w.message) for w in told if "spec_compile" in str(w.message)]
-    assert len(texts) == 2 and "past_key_values" in texts[0] and "prefill_chunk_size" in texts[1]
-    assert ours.past_key_values is None and model.spec.stats().mode == "rounds"
+    assert len(texts) == 2 and f"{RESULT_CACHE} of the result" in texts[0] and "prefill_chunk_size" in texts[1]
+    assert getattr(ours, RESULT_CACHE) is None and model.spec.stats().mode == "rounds"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(**inputs, **settings)
         with model.spec.disable():
             plain = model.generate(**inputs, **settings)
     assert torch.equal(ours.sequences, plain.sequences)
-    assert plain.past_key_values.get_seq_length() == PROMPT + 5, "the remedy that the warning names"
+    assert getattr(plain, RESULT_CACHE).get_seq_length() == PROMPT + 5, "the remedy that the warning names"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
