@@ -100,7 +100,8 @@ def why_plain(
         return "the model is in training mode; call model.eval()"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions and output_hidden_states are not accelerated"
-    if torch.is_autocast_enabled(model.device.type):
+    # An offloaded model is on the meta device, of which autocast knows nothing; its inputs are where it computes.
+    if any(torch.is_autocast_enabled(kind) for kind in {model.device.type, input_ids.device.type} - {"meta"}):
         return "torch.autocast is on, and graphs compute in the types of the model's weights; load it in that type instead"
     if not model_kwargs.get("use_cache", True):
         return "use_cache=False is not accelerated"

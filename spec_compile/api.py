@@ -15,6 +15,7 @@ from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
+from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
@@ -66,7 +67,8 @@ def spec_compile(
         ConfigError: an argument is out of its domain.
     """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise ConfigError(f"model={type(model).__name__} object: pass a transformers causal language model.")
+        what = inside(model, "model") or "pass a transformers causal language model."
+        raise ConfigError(f"model={type(model).__name__} object: {what}")
     known = {f.name for f in dataclasses.fields(SpecConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
@@ -83,6 +85,7 @@ def spec_compile(
     check_backend(backend)
     if draft is None or draft == "ngram":
         check_draft_stages(backend)
+    check_placement(model)
     device, hardware = _device_of(model)
     with torch.autocast(device.type, enabled=False):
         draft = load_draft(draft, model)

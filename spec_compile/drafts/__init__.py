@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.base import Draft
 from spec_compile.drafts.names import check_name
-from spec_compile.errors import CaptureError, DraftError
+from spec_compile.errors import CaptureError, ConfigError, DraftError
 from spec_compile.hf_integration.capture import PLAIN_WORKS
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead, check_fits
+from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.head_runner import HeadRunner
@@ -54,11 +55,13 @@ def load_draft(
     if isinstance(draft, MtpLayers):
         return draft
     if not isinstance(draft, PreTrainedModel):
-        raise DraftError(
-            f"draft={type(draft).__name__} object: pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or "
-            "hub id of one, or None."
-        )
+        kinds = "pass 'ngram', 'mtp', a draft head, a transformers causal LM, the path or hub id of one, or None."
+        raise DraftError(f"draft={type(draft).__name__} object: {inside(draft, 'draft') or kinds}")
     refuse_unread(f"draft={type(draft).__name__} object", type(draft).__name__)
+    try:
+        check_placement(draft, "the draft")
+    except ConfigError as error:
+        raise DraftError(str(error)) from error
     return draft
 
 
