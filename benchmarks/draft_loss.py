@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.taps import tapped
+from spec_compile.hf_integration.taps import Tap, tapped
 
 ATTENTION = "training_time_test"
 
@@ -45,7 +45,7 @@ def shifted(x: Tensor, by: int) -> Tensor:
 
 
 @torch.no_grad()
-def target_states(target: PreTrainedModel, taps: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor]:
+def target_states(target: PreTrainedModel, taps: tuple[Tap, ...], packed: Packed) -> tuple[Tensor, Tensor]:
     """Tapped states [B, S, len(taps) * Ht] and the state that the language-model head reads, [B, S, Ht] (after the norm)."""
     visible = own_document(packed)
     bias = torch.zeros_like(visible, dtype=target.dtype).masked_fill_(~visible, torch.finfo(target.dtype).min)

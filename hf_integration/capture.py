@@ -31,7 +31,7 @@ from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
-from spec_compile.hf_integration.taps import tapped
+from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
 
@@ -51,12 +51,11 @@ class _Captured(BaseException):
     ``Exception``."""
 
 
-def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, taps: tuple[int, ...] = ()) -> StageGraph:
+def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: str, taps: tuple[Tap, ...] = ()) -> StageGraph:
     """The forward over windows ``input_ids`` [batch, num_tokens] at explicit ``position_ids``, with static shapes.
 
     Args:
-        taps: hidden states to put out behind the logits, as transformers numbers them: i is the state that enters layer i,
-            the number of layers is what the head reads.
+        taps: hidden states to put out behind the logits.
 
     Raises:
         CaptureError: the architecture cannot be captured; says why.
@@ -66,7 +65,7 @@ def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: s
         return _capture(model, batch, stage, inputs, _causal_lm(model, taps, states), dynamic_length=False)
 
 
-def capture_prefill(model: PreTrainedModel, taps: tuple[int, ...] = ()) -> StageGraph:
+def capture_prefill(model: PreTrainedModel, taps: tuple[Tap, ...] = ()) -> StageGraph:
     """The forward over packed prompts ``input_ids`` [1, T], T dynamic. ``taps`` as in ``capture_window``.
 
     Raises:
@@ -162,7 +161,7 @@ def _states_like(head: DraftHead, input_ids: Tensor, *, of_target: bool) -> Tens
     return torch.zeros(*input_ids.shape, width, dtype=head.dtype, device=input_ids.device)
 
 
-def _causal_lm(model: PreTrainedModel, taps: tuple[int, ...], states: dict[int, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _causal_lm(model: PreTrainedModel, taps: tuple[Tap, ...], states: dict[Tap, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """A forward that returns the logits and the tapped states [B, N, Ht], which hooks put into ``states``."""
 
     cache = cache_argument(model.forward)

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.taps import NORMED, Tap
 
 
 class DraftHead(PreTrainedModel):
@@ -29,8 +30,7 @@ class DraftHead(PreTrainedModel):
 
     Attributes:
         kind: ``"eagle3"``, ``"eagle"``, ``"dflash"``, ``"mtp"``
-        taps: the target's hidden states it reads, as transformers numbers them: i is the state that enters layer i, the number
-            of layers is the state after the final norm.
+        taps: the target's hidden states it reads.
         target_width: features of the concatenated taps, ``len(taps) * Ht``.
         draft_ids: int64 [Vd], the target's token id of every draft id; None when both vocabularies are the same.
         owned: which of ``"embed_tokens"`` and ``"lm_head"`` are the head's own; the others are the target's modules.
@@ -43,7 +43,7 @@ class DraftHead(PreTrainedModel):
     _can_compile_fullgraph = True
 
     kind: str
-    taps: tuple[int, ...]
+    taps: tuple[Tap, ...]
     target_width: int
     draft_ids: Tensor | None
     owned: tuple[str, ...]
@@ -53,7 +53,7 @@ class DraftHead(PreTrainedModel):
         self,
         config: PretrainedConfig,
         target: PreTrainedModel,
-        taps: tuple[int, ...],
+        taps: tuple[Tap, ...],
         target_width: int,
         draft_ids: Tensor | None,
         owned: tuple[str, ...],
@@ -110,7 +110,7 @@ class DraftHead(PreTrainedModel):
 
 
 def check_fits(
-    config: PretrainedConfig, target: PreTrainedModel, taps: tuple[int, ...], draft_ids: Tensor | None, owned: tuple[str, ...]
+    config: PretrainedConfig, target: PreTrainedModel, taps: tuple[Tap, ...], draft_ids: Tensor | None, owned: tuple[str, ...]
 ) -> None:
     """Compare a head's sizes with its target's.
 
@@ -118,7 +118,7 @@ def check_fits(
         DraftError: names the sizes that differ.
     """
     text = target.config.get_text_config(decoder=True)
-    wrong = [tap for tap in taps if not 0 <= tap <= text.num_hidden_layers]
+    wrong = [tap for tap in taps if tap != NORMED and not 0 <= tap <= text.num_hidden_layers]
     if wrong or not taps:
         raise DraftError(
             f"the draft head reads the target's hidden states {list(taps)}, but the target has {text.num_hidden_layers} layers "

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
+from spec_compile.hf_integration.taps import NORMED
 
 
 class EagleHead(DraftHead):
@@ -40,7 +41,7 @@ class EagleHead(DraftHead):
         hidden = config.hidden_size
         if hidden != text.hidden_size:
             raise DraftError(f"the head reads states of {hidden} features, the target's have {text.hidden_size}.")
-        super().__init__(config, target, (text.num_hidden_layers,), hidden, draft_ids, owned)
+        super().__init__(config, target, (NORMED,), hidden, draft_ids, owned)
         self.fc = nn.Linear(2 * hidden, hidden, bias=fc_bias)
         self.layers = nn.ModuleList([LlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.layers[0].input_layernorm = nn.Identity()

@@ -14,6 +14,8 @@ from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
 from spec_compile.hf_integration.eagle3 import Eagle3Head, Eagle3Options, default_taps
 
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
 
 def read_eagle3_safeailab(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> Eagle3Head:
     """Build the head.
@@ -41,20 +43,28 @@ def read_eagle3_safeailab(checkpoint: DraftCheckpoint, target: PreTrainedModel) 
 
 
 def safeailab_taps(config: Mapping[str, object], target: PreTrainedModel) -> tuple[int, ...]:
-    """Hidden states a head reads. Ids inside ``eagle_config`` count layer outputs: output of layer i = state i + 1.
+    """Hidden states a head reads. No ids, or an empty list of them, are the default ones.
 
-    Source: SGLang srt/models/llama.py set_eagle3_layers_to_capture (it captures val + 1); SpecForge trains with the same.
+    * Ids inside ``eagle_config`` count layer outputs: output of layer i = state i + 1 (SGLang srt/models/llama.py
+      set_eagle3_layers_to_capture, SpecForge). Where one of them is the number of layers, behind which there is no layer, all
+      count states (nvidia/gpt-oss-120b-Eagle3-v3; SGLang srt/models/gpt_oss.py).
+    * Ids at the top count states, as in the speculators format (vLLM's pull request 25961, llama.cpp's 27040).
 
     Raises:
-        DraftError: the head reads no auxiliary states.
+        DraftError: the head reads no auxiliary states, or its config names two sets of them.
     """
+    num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
     eagle_config = config.get("eagle_config") or {}
     if eagle_config.get("use_aux_hidden_state") is False:
         raise DraftError("use_aux_hidden_state=false: an EAGLE-3 head that reads only the target's last state has no reader.")
-    ids = eagle_config.get("eagle_aux_hidden_state_layer_ids")
-    if ids is not None:
-        return tuple(layer + 1 for layer in ids)
-    return default_taps(target.config.get_text_config(decoder=True).num_hidden_layers)
+    outputs, states = eagle_config.get(_LAYER_IDS) or (), tuple(config.get(_LAYER_IDS) or ())
+    taps = tuple(outputs) if num_layers in outputs else tuple(layer + 1 for layer in outputs)
+    if taps and states and taps != states:
+        raise DraftError(
+            f"{_LAYER_IDS} stands twice in the head's config: {list(outputs)} in eagle_config, which means the states "
+            f"{list(taps)}, and {list(states)} at the top, which means the states {list(states)}. Remove the wrong one."
+        )
+    return taps or states or default_taps(num_layers)
 
 
 def build_eagle3(

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target, randomise
-from spec_compile.hf_integration.taps import decoder_layers
+from spec_compile.hf_integration.taps import NORMED, decoder_layers
 
 
 class MtpHead(DraftHead):
@@ -59,7 +59,7 @@ class MtpHead(DraftHead):
                 "embedding that all layers share, or no input_layernorm. Draft with an EAGLE-3 head, a causal LM or 'ngram'."
             )
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        super().__init__(config, target, (len(layers),), hidden, None, owned, rotary)
+        super().__init__(config, target, (NORMED,), hidden, None, owned, rotary)
         layer, norm = type(layers[-1]), type(layers[-1].input_layernorm)
         self.hidden_first = hidden_first
         self.enorm, self.hnorm, self.norm = (norm(hidden, eps=eps) for _ in range(3))

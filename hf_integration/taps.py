@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError
+
+NORMED = "normed"
+# A hidden state of a target of L layers. i from 0 to L: the state that enters layer i, which is what layer i - 1 puts out; L is
+# what the last layer puts out. NORMED: the same behind the final norm, what the language-model head reads. (transformers'
+# own list of hidden states ends with that one, and has no L.)
+Tap = int | Literal["normed"]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -36,27 +43,33 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
-def tapped(model: PreTrainedModel, taps: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+def tapped(model: PreTrainedModel, taps: tuple[Tap, ...]) -> Iterator[dict[Tap, Tensor]]:
     """Collect hidden states of forwards in the block, by tap.
 
     Args:
-        taps: i is the state that enters layer i; the number of layers is what the language-model head reads.
+        taps: see ``Tap``.
 
     Raises:
         CaptureError: a tap past the last layer, or layers that cannot be found.
     """
-    states: dict[int, Tensor] = {}
+    states: dict[Tap, Tensor] = {}
     handles = []
     layers = decoder_layers(model) if taps else ()
     for tap in taps:
-        if not 0 <= tap <= len(layers):
+        if tap != NORMED and not 0 <= tap <= len(layers):
             raise CaptureError(f"{type(model).__name__} has {len(layers)} layers; the draft asks for hidden state {tap}.")
-        module = model.get_output_embeddings() if tap == len(layers) else layers[tap]
 
-        def keep(_module, args, kwargs, tap=tap):
+        def keep_input(_module, args, kwargs, tap=tap):
             states[tap] = args[0] if args else kwargs["hidden_states"]
 
-        handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        def keep_output(_module, _args, out, tap=tap):
+            states[tap] = out if isinstance(out, Tensor) else out[0]
+
+        if tap == len(layers):  # no layer reads it
+            handles.append(layers[-1].register_forward_hook(keep_output))
+        else:
+            module = model.get_output_embeddings() if tap == NORMED else layers[tap]
+            handles.append(module.register_forward_pre_hook(keep_input, with_kwargs=True))
     try:
         yield states
     finally:

@@ -17,6 +17,7 @@ from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
+from spec_compile.hf_integration.taps import Tap
 from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.dflash_runner import DFlashRunner
@@ -95,7 +96,7 @@ def spec_compile(
     compiler = SegmentCompiler(config.compile, hardware)
     tuner = AttentionTuner(hardware, device, config.progress)
 
-    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, taps: tuple[int, ...] = ()) -> ModelRunner:
+    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, taps: tuple[Tap, ...] = ()) -> ModelRunner:
         return runner(
             module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
             kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,

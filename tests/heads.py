@@ -11,14 +11,19 @@ from transformers import PreTrainedModel
 from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.mtp import MtpLayers
+from spec_compile.hf_integration.taps import NORMED, Tap, decoder_layers
 from spec_compile.runtime.engine import Engine
 
 
 @torch.no_grad()
-def target_states(target: PreTrainedModel, taps: tuple[int, ...], tokens: Tensor) -> Tensor:
+def target_states(target: PreTrainedModel, taps: tuple[Tap, ...], tokens: Tensor) -> Tensor:
     """What transformers itself says the tapped states of ``tokens`` [L] are: [1, L, len(taps) * Ht]."""
+    layers, last = decoder_layers(target), []
+    handle = layers[-1].register_forward_hook(lambda _, args, out: last.append(out if isinstance(out, Tensor) else out[0]))
     states = target(tokens[None], output_hidden_states=True).hidden_states
-    return torch.cat([states[tap] for tap in taps], -1)
+    handle.remove()
+    known = {**dict(enumerate(states[:-1])), len(layers): last[0], NORMED: states[-1]}
+    return torch.cat([known[tap] for tap in taps], -1)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.taps import NORMED
 
 WEIGHTS = reference("draft_eagle.safetensors")
 TOLERANCE = 1e-5
@@ -39,7 +40,7 @@ def test_logits_are_those_of_the_published_module(case: str, bias: bool, embeddi
 def test_it_reads_what_the_language_model_head_reads(tmp_path: Path):
     target = target_for(WEIGHTS)
     head = load_draft_head(write(tmp_path, *published()), target)
-    assert head.taps == (LAYERS,)
+    assert head.taps == (NORMED,)
     with torch.no_grad():
         out = target(torch.arange(3, 9)[None], output_hidden_states=True)
         torch.testing.assert_close(head.logits(out.hidden_states[LAYERS]), out.logits)

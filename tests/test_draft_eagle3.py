@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
-from spec_compile.hf_integration.taps import decoder_layers, tapped
+from spec_compile.hf_integration.taps import NORMED, decoder_layers, tapped
 
 WEIGHTS = reference("draft_eagle3.safetensors")
 TOLERANCE = 1e-5
@@ -210,11 +210,25 @@ def test_what_shows_in_the_names_must_be_what_the_config_says(case: str, lost: s
     [
         (lambda: safeailab(), (2, 4, 5)),
         (lambda: safeailab(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 3, 6]}), (1, 4, 7)),
+        (lambda: safeailab(eagle_config={"eagle_aux_hidden_state_layer_ids": [4, 6, 8]}), (4, 6, 8)),
+        (lambda: safeailab(eagle_config={"eagle_aux_hidden_state_layer_ids": []}), (2, 4, 5)),
+        (lambda: safeailab(eagle_aux_hidden_state_layer_ids=[1, 3, 6]), (1, 3, 6)),
+        (lambda: safeailab(eagle_aux_hidden_state_layer_ids=[], eagle_config={"use_aux_hidden_state": True}), (2, 4, 5)),
         (lambda: speculators(), (1, 2, 3)),
         (lambda: speculators(eagle_aux_hidden_state_layer_ids=[0, 3, 8]), (0, 3, 8)),
         (lambda: speculators(eagle_aux_hidden_state_layer_ids=None), (2, 4, 5)),
     ],
-    ids=["default", "eagle_config counts outputs", "speculators counts inputs", "first and last", "speculators default"],
+    ids=[
+        "default",
+        "eagle_config counts outputs",
+        "but not with the boundary behind the last layer",
+        "eagle_config's empty list",
+        "the top counts inputs",
+        "the top's empty list",
+        "speculators counts inputs",
+        "first and last",
+        "speculators default",
+    ],
 )
 def test_which_states_a_head_reads(make, taps: tuple[int, ...], tmp_path: Path):
     head = load_draft_head(write(tmp_path, *make()), target_for(WEIGHTS))
@@ -223,7 +237,7 @@ def test_which_states_a_head_reads(make, taps: tuple[int, ...], tmp_path: Path):
 
 def test_the_ids_of_eagle_config_are_outputs_of_those_layers(tmp_path: Path):
     """SGLang's and SpecForge's id i is what layer i puts out; speculators' and vLLM's id i is what goes into layer i."""
-    target, ids = target_for(WEIGHTS), [0, 3, 6]
+    target, ids = target_for(WEIGHTS), [0, 3, LAYERS - 1]
     outputs, inputs, hooks = {}, {}, []
     for number, layer in enumerate(decoder_layers(target)):
 
@@ -245,6 +259,28 @@ def test_the_ids_of_eagle_config_are_outputs_of_those_layers(tmp_path: Path):
     for hook in hooks:
         hook.remove()
     assert len(outputs) == LAYERS
+
+
+def test_what_the_last_layer_puts_out_is_not_yet_normed():
+    target = target_for(WEIGHTS)
+    with torch.no_grad():
+        target.model.norm.weight.uniform_(0.2, 3.0)
+        with tapped(target, (LAYERS, NORMED)) as states:
+            out = target(torch.arange(3, 12)[None], output_hidden_states=True)
+        torch.testing.assert_close(target.model.norm(states[LAYERS]), states[NORMED])
+    torch.testing.assert_close(states[NORMED], out.hidden_states[-1])
+    assert (states[LAYERS] - states[NORMED]).abs().max() > 0.1
+
+
+def test_ids_that_stand_twice_must_mean_the_same_states(tmp_path: Path):
+    key = "eagle_aux_hidden_state_layer_ids"
+    both = safeailab(eagle_config={key: [0, 3, 6]}, **{key: [1, 4, 7]})
+    assert load_draft_head(write(tmp_path / "same", *both), target_for(WEIGHTS)).taps == (1, 4, 7)
+    with pytest.raises(
+        DraftError, match=r"stands twice.*\[0, 3, 6\] in eagle_config.*states \[1, 4, 7\], and \[0, 3, 6\] at the"
+    ):
+        both = safeailab(eagle_config={key: [0, 3, 6]}, **{key: [0, 3, 6]})
+        load_draft_head(write(tmp_path / "other", *both), target_for(WEIGHTS))
 
 
 def test_the_draft_vocabulary_is_a_map_of_offsets(tmp_path: Path):

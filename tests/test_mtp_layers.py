@@ -27,6 +27,7 @@ from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.mtp import MtpLayers, random_mtp_layers
+from spec_compile.hf_integration.taps import NORMED
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
@@ -78,7 +79,7 @@ def transformers_drafts(mtp: torch.nn.Module, target: PreTrainedModel, text: Ten
     from transformers.cache_utils import MtpCache
 
     positions = torch.arange(1, len(text))[None]
-    states = target_states(target, (target.config.num_hidden_layers,), text[:-1])
+    states = target_states(target, (NORMED,), text[:-1])
     mask = torch.ones_like(positions)  # 5.17.0 wants one
     drafts, _, _ = mtp(text[None, 1:], states, mask, positions, MtpCache(config=target.config.get_mtp_config()))
     return drafts[0].tolist()

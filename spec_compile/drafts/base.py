@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from spec_compile.config import RoundShape
+from spec_compile.hf_integration.taps import Tap
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -85,7 +86,7 @@ class Draft(Protocol):
     Attributes:
         kind: ``"ngram"``, ``"causal_lm"``, ``"eagle3"``, … for reports.
         shape: the rounds it was asked for.
-        taps: hidden states of the target it reads, numbered as in ``capture_window``.
+        taps: hidden states of the target it reads, see ``Tap``.
         runners: what runs its models, one each; empty without one.
         reach: slots behind a row's newest token that it may write.
         catches_up: rounds may leave it out: it is told of their tokens later, by ``catch_up(state)``.
@@ -93,7 +94,7 @@ class Draft(Protocol):
 
     kind: str
     shape: RoundShape
-    taps: tuple[int, ...]
+    taps: tuple[Tap, ...]
     runners: tuple[ModelRunner, ...]
     reach: int
     catches_up: bool

@@ -13,6 +13,7 @@ from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
 from spec_compile.hf_integration.fingerprint import fingerprint
+from spec_compile.hf_integration.taps import Tap
 from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
 from spec_compile.passes.graph import StageGraph
@@ -33,7 +34,7 @@ class ModelRunner:
         page_size: slots a page on a GPU; on a CPU a row has one page.
         kv_dtype: type of the caches; None for the model's own.
         tuner: measures providers for ``backend="tune"``.
-        taps: hidden states that programs put out behind their logits, for a draft; numbered as in ``capture_window``.
+        taps: hidden states that programs put out behind their logits, for a draft.
 
     Attributes:
         pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
@@ -54,7 +55,7 @@ class ModelRunner:
         page_size: int,
         kv_dtype: torch.dtype | None = None,
         tuner: Tuner | None = None,
-        taps: tuple[int, ...] = (),
+        taps: tuple[Tap, ...] = (),
     ) -> None:
         self.taps = taps
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
