@@ -1,6 +1,6 @@
 """What transformers calls while a forward is being captured: our attention function, mask function and cache.
 
-transformers routes every attention through three surfaces that are the same from 5.17 to 5.23: ``AttentionInterface``
+transformers routes every attention through three surfaces that are the same from 5.17 to 5.24: ``AttentionInterface``
 (the attention itself), ``AttentionMaskInterface`` (who builds the mask; ours builds none) and ``Cache`` (who stores keys
 and values; ours hands them straight through, because the attention op appends). All three are active only inside
 ``capture_context``: outside it the model's own attention implementation is back in place and its forward is untouched.

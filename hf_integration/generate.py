@@ -1,16 +1,8 @@
-"""``generate()``: how a model is bound to our decode loop, and what of a call that loop can take.
-
-``generate()`` looks its loop up on the model's class, so the class is swapped for a subclass of the same name. Everything
-before the loop (config merging, defaults, checks, ``num_return_sequences``) stays transformers' own.
-"""
+"""``generate()``: what of a call our decode loop can take, and the call as that loop reads it."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +25,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.rope import fixed_rope_length
 
-_PLAIN_LOOPS = {"_assisted_decoding": "assisted generation of transformers", "_beam_search": "beam search"}
 _KNOWN_KWARGS = {
     "attention_mask",
     "position_ids",
@@ -90,8 +81,14 @@ def why_plain(
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict,
+    given: Mapping[str, object] | None,
 ) -> str | None:
-    """The reason why a call must run as plain transformers, or None when the decode loop can take it."""
+    """The reason why a call must run as plain transformers, or None when the decode loop can take it.
+
+    Args:
+        model_kwargs: model inputs as transformers prepared them.
+        given: the caller's own keyword arguments; None where they are not known.
+    """
     if model.config.is_encoder_decoder:
         return "encoder-decoder models are not accelerated"
     if synced_gpus:
@@ -114,11 +111,9 @@ def why_plain(
     if fixed is not None and generation_config.max_length > fixed:
         return f"texts that may pass {fixed} tokens, near where this model's rotary frequencies change, are not accelerated"
     caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]  # by type: their name has changed before
-    if any(getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0 for cache in caches):
+    if any(cache.get_seq_length() > 0 for cache in caches) or any(isinstance(v, Cache) for v in (given or {}).values()):
         return "a cache given by the caller is not accelerated"
-    given = {k for k, v in model_kwargs.items() if _says_something(v)}
-    unknown = sorted(given - set(_KNOWN_KWARGS))
-    if unknown:
+    if unknown := unknown_inputs(model_kwargs):
         return f"model inputs {unknown} are not accelerated"
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
@@ -132,6 +127,19 @@ def why_plain(
     if positions is not None and not _plain_positions(positions, mask, input_ids):
         return "position_ids other than 0, 1, 2, … are not accelerated"
     return None
+
+
+def unknown_inputs(model_kwargs: Mapping[str, object]) -> list[str]:
+    """Names of the model inputs that the decode loop does not know, in order."""
+    return sorted(name for name, value in model_kwargs.items() if name not in _KNOWN_KWARGS and _says_something(value))
+
+
+def added_inputs(model_kwargs: Mapping[str, object], given: Mapping[str, object] | None) -> list[str]:
+    """Those unknown inputs that the caller did not give, under this or another name: transformers added them."""
+    if given is None:
+        return []
+    values = {id(value) for value in given.values()}
+    return [name for name in unknown_inputs(model_kwargs) if name not in given and id(model_kwargs[name]) not in values]
 
 
 def _says_something(value: object) -> bool:
@@ -249,60 +257,3 @@ def _read_processors(
         else:
             settings["min_p"] = processor.min_p
     return settings
-
-
-def bind_generate(
-    model: PreTrainedModel, loop: Callable[..., object], on_plain: Callable[[str], None]
-) -> type[PreTrainedModel]:
-    """Swap ``model``'s class for one whose generation loop is ``loop``; returns the original class.
-
-    The class holds neither method alive: Dynamo's caches keep the classes of captured models for good (torch 2.13), and what
-    the class held would stay with them.
-
-    Args:
-        loop: a method, called as ``loop(model, plain, input_ids, logits_processor, stopping_criteria, generation_config,
-            synced_gpus=…, streamer=…, **model_kwargs)``, where ``plain`` is transformers' own loop.
-        on_plain: a method, told once a call that transformers' other loops take (beams, assistants).
-    """
-    cls = type(model)
-    weak_loop, weak_on_plain = weakref.WeakMethod(loop), weakref.WeakMethod(on_plain)
-
-    def _sample(self, *args, **kwargs):
-        plain, run = functools.partial(cls._sample, self), weak_loop()
-        if run is None:  # removed by another thread when this call was on its way
-            return plain(*args, **kwargs)
-        return run(self, plain, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol):
-        """Pickle the plain model: pools and graphs belong to this process, and no module holds the swapped class."""
-        return object.__new__, (cls,), _plain_state(self)
-
-    def __deepcopy__(self, memo):
-        """A copy is the plain model too: pools and graphs belong to the original's weights."""
-        warnings.warn("spec_compile: a copy of a compiled model is a plain model; call spec_compile() on it.", stacklevel=3)
-        twin = memo[id(self)] = cls.__new__(cls)
-        twin.__dict__.update(copy.deepcopy(_plain_state(self), memo))
-        return twin
-
-    members: dict[str, object] = {"_sample": _sample, "__reduce_ex__": __reduce_ex__, "__deepcopy__": __deepcopy__}
-    for name, what in _PLAIN_LOOPS.items():
-        members[name] = _plain_loop(cls, name, what, weak_on_plain)
-    # Same names: transformers and pipelines look models up by class name, and save_pretrained writes it.
-    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    model.__class__ = type(cls.__name__, (cls,), members)
-    return cls
-
-
-def _plain_state(model: PreTrainedModel) -> dict[str, object]:
-    return {name: value for name, value in model.__dict__.items() if name != "spec"}
-
-
-def _plain_loop(cls: type, name: str, what: str, weak_on_plain: Callable[[], Callable[[str], None] | None]) -> Callable:
-    def method(self, *args, **kwargs):
-        on_plain = weak_on_plain()
-        if on_plain is not None:
-            on_plain(f"{what} is not accelerated")
-        return getattr(cls, name)(self, *args, **kwargs)
-
-    method.__name__ = name
-    return method

@@ -1,7 +1,7 @@
 """Gated delta nets under capture: their convolution and recurrence become one op each.
 
 transformers calls both by names in the family's modeling module and keeps their states in layers of the cache, from 5.17 to
-5.23. Inside ``recurrent_capture`` the names mean our functions and the cache layers store nothing: the ops name their states.
+5.24. Inside ``recurrent_capture`` the names mean our functions and the cache layers store nothing: the ops name their states.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -17,13 +17,16 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from spec_compile.draft_tree import DraftTree, read_tree
 from spec_compile.errors import SpecCompileError
 from spec_compile.explain import explain
-from spec_compile.hf_integration.generate import GenerateCall, bind_generate, read_call, what_differs, why_plain
+from spec_compile.hf_integration.binding import bind_generate
+from spec_compile.hf_integration.generate import GenerateCall, added_inputs, read_call, what_differs, why_plain
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.lockstep import decode_lockstep
 from spec_compile.runtime.state import MAX_EOS_IDS, SamplingPlan
 from spec_compile.runtime.stats import SpecStats, acceptance
 from spec_compile.runtime.transcript import Transcript
+from spec_compile.user_warning import warn_user
+from spec_compile.versions import version_remedy
 
 
 class SpecHandle:
@@ -41,7 +44,7 @@ class SpecHandle:
         self._lock = threading.Lock()
         self._running_in: int | None = None  # the thread whose call has the buffers
         self._transcript: Transcript | None = None
-        self._original_class = bind_generate(model, self._loop, self._say_plain)
+        self._original_class = bind_generate(model, self._loop, self._say_plain, self._say_unreached)
 
     # ------------------------------------------------------------------------------------------------------------------
     # What users call
@@ -135,12 +138,28 @@ class SpecHandle:
     def _say_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            warnings.warn(f"spec_compile: {text}", stacklevel=5)
+            warn_user(text)
+
+    def _say_incompatible(self, what: str) -> None:
+        """What the installed transformers does otherwise than any release that was tested: said in every call."""
+        self._stats = SpecStats(mode="plain")
+        if self._enabled:
+            warn_user(f"{what}, so this generate() call runs as plain transformers. {version_remedy()}")
+
+    def _say_unreached(self, given: Mapping[str, object]) -> None:
+        """A public call came back without any of the loops that the model's class has."""
+        if given.get("custom_generate") is not None:
+            self._say_plain("custom_generate is not accelerated")
+        elif given.get("cache_implementation") == "paged":
+            self._say_plain("cache_implementation='paged' is not accelerated")
+        else:
+            self._say_incompatible(f"generate() of transformers {transformers.__version__} did not use the loop it used to")
 
     def _loop(
         self,
         model: PreTrainedModel,
         plain: Callable[..., object],
+        given: Mapping[str, object] | None,
         input_ids: Tensor,
         logits_processor,
         stopping_criteria,
@@ -166,7 +185,12 @@ class SpecHandle:
         if self._running_in == threading.get_ident():
             self._say_plain("another call of the same model is running around it")
             return run_plain()
-        reason = why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs)
+        if added := added_inputs(model_kwargs, given):
+            self._say_incompatible(
+                f"transformers {transformers.__version__} gives the model inputs {added}, which nobody asked for"
+            )
+            return run_plain()
+        reason = why_plain(model, input_ids, generation_config, synced_gpus, model_kwargs, given)
         if reason is None:
             call = read_call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
             if len(call.eos_ids) > MAX_EOS_IDS:

@@ -152,7 +152,7 @@ def test_a_default_device_changes_nothing(pair, extra: dict) -> None:
 
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:  # around our loop only: what is before it is transformers' own
-        patch.setattr(type(model), "_sample", lambda self, *args, **kwargs: under_a_default(self, None, *args, **kwargs))
+        patch.setattr(type(model), "_sample", lambda self, *args, **kwargs: under_a_default(self, None, None, *args, **kwargs))
         got = model.generate(**inputs, **settings)
     assert torch.equal(got, expected)
 
