@@ -56,8 +56,17 @@ def accept_greedy_cuda(window_ids, target_ids) -> Tensor:
 # accept_sampled
 
 
+def drawn_from_no_law(window_ids: Tensor, draft_probs: Tensor) -> Tensor:
+    """Which drafts have a q that is not finite: bool [B, K]. The rest of such a row says nothing either.
+
+    A draft whose states overflow hands over rows like that. A draft drawn from one is refused and p alone decides in its
+    place, as if q had put all its weight on a token that does not exist: exact, whatever token was put there.
+    """
+    return ~draft_probs.gather(2, window_ids[:, 1:, None])[..., 0].isfinite()
+
+
 def acceptance_probability(target_prob: Tensor, draft_prob: Tensor) -> Tensor:
-    """min(1, p / q) of drafted tokens. A token neither would draw (0 / 0) gives NaN."""
+    """min(1, p / q) of drafted tokens. A token neither would draw (0 / 0) gives NaN, and so does a q that is NaN."""
     return (target_prob / draft_prob).clamp(max=1.0)
 
 
@@ -77,7 +86,7 @@ def count_accepted(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor
 def residual_weights(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, accepted: Tensor) -> Tensor:
     """What the token behind the accepted drafts is drawn from: unnormalised [B, V].
 
-    After a rejection (p - q)+; p when every draft was accepted.
+    After a rejection (p - q)+; p when every draft was accepted, or when the rejected one has no q (``drawn_from_no_law``).
     """
     num_drafts = window_ids.shape[1] - 1
     row = torch.arange(window_ids.shape[0], device=window_ids.device)
@@ -85,7 +94,8 @@ def residual_weights(window_ids: Tensor, draft_probs: Tensor, target_probs: Tens
     if num_drafts == 0:
         return target
     rejected = accepted.clamp(max=num_drafts - 1)  # [B]; meaningless when all were accepted
-    weights = (target - draft_probs[row, rejected]).clamp_(min=0.0)
+    no_law = drawn_from_no_law(window_ids, draft_probs)[row, rejected]
+    weights = (target - draft_probs[row, rejected].masked_fill(no_law[:, None], 0.0)).clamp_(min=0.0)
     # Rounding can reject a token where p == q up to the last bit; nothing is left then, and p is as good as it gets.
     keep_target = (accepted[:, None] == num_drafts) | (weights.amax(1, keepdim=True) <= 0)
     return torch.where(keep_target, target, weights)
@@ -108,7 +118,8 @@ def accept_sampled(
 
     Draft j is accepted with min(1, p / q). The first rejected one is replaced by a sample of norm((p - q)+); after K
     accepted drafts one more token is sampled from p. The emitted tokens follow the target's law exactly, *provided
-    that* ``draft_probs`` is what the drafts were sampled from: a draft chosen by argmax, top-k or look-up is one-hot.
+    that* ``draft_probs`` is what the drafts were sampled from: a draft chosen by argmax, top-k or look-up is one-hot. One
+    whose q is not finite is refused, and p alone decides in its place.
 
     A one-hot q needs no test of its own: the target samples every slot and a draft stands when it is that sample. That
     accepts it with probability p and, given a rejection, leaves p without the draft, which is the rule above. As the

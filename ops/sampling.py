@@ -102,7 +102,8 @@ def exponential(seed: Tensor, position: Tensor, stream: int, vocab_size: int) ->
 def race(weights: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
     """Sample from unnormalised ``weights`` [B, V] by an exponential race: argmax(weight / E). int64 [B].
 
-    Weight 0 never wins while any weight is positive: E is positive, so 0 / E is 0.
+    Weight 0 never wins while any weight is positive: E is positive, so 0 / E is 0. NaN wins over everything, so that the token
+    drawn from weights that are no law tells of it.
     """
     return (weights.float() / exponential(seed, position, stream, weights.shape[-1])).argmax(-1)
 
@@ -112,7 +113,8 @@ def sample_token(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> 
     """Sample one token per row; the same (seed, position, stream) and probabilities give the same token anywhere.
 
     Args:
-        probs: float32 [B, V], need not be normalised. A row of zeros (padding) gives an arbitrary valid token.
+        probs: float32 [B, V], need not be normalised. A row of zeros (padding) gives an arbitrary valid token, a row with a
+            NaN one whose weight is NaN.
         seed: int64 [B].
         position: int32 [B], where in the row's text the token will stand.
         stream: DRAFT_STREAM for a draft's proposals, TARGET_STREAM for the target's own tokens.

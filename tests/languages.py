@@ -50,6 +50,14 @@ def restricted(law):
     return out
 
 
+def overflowing(law):
+    """(what the drafts are drawn from, what the draft hands over) by a draft whose states overflow behind some texts: from
+    weights that are all NaN ``sample_token`` takes token 0."""
+    lost = {prefix for prefix in law if prefix and prefix[-1] < VOCAB // 2}
+    nan = torch.full((VOCAB,), float("nan"), dtype=torch.float64)
+    return {p: one_hot(0) if p in lost else q for p, q in law.items()}, {p: nan if p in lost else q for p, q in law.items()}
+
+
 def argmax_of(law):
     return {prefix: one_hot(int(probs.argmax())) for prefix, probs in law.items()}
 

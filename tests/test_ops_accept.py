@@ -11,7 +11,18 @@ import itertools
 
 import pytest
 import torch
-from languages import DRAFTS, VOCAB, argmax_of, conditional_law, draft_tokens, joint_law, restricted, tables, total_variation
+from languages import (
+    DRAFTS,
+    VOCAB,
+    argmax_of,
+    conditional_law,
+    draft_tokens,
+    joint_law,
+    overflowing,
+    restricted,
+    tables,
+    total_variation,
+)
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_greedy, accept_sampled, count_accepted, residual_weights
@@ -152,6 +163,11 @@ def test_enumeration_draft_equal_to_target():
     assert total_variation(emitted_law(target, target, target), joint_law(target)) < 1e-6
 
 
+def test_enumeration_draft_that_overflows():
+    target, (proposal, claimed) = conditional_law(), overflowing(conditional_law())
+    assert total_variation(emitted_law(target, proposal, claimed), joint_law(target)) < 1e-6
+
+
 def test_enumeration_finds_a_draft_that_lies():
     """Argmax drafts declared as sampled from the full distribution, the fault of transformers#47932."""
     target = conditional_law(0.5)
@@ -189,11 +205,13 @@ def noise_level(count):
     return 2 * (VOCAB**2 / count) ** 0.5 / 2
 
 
-@pytest.mark.parametrize("kind", ["full", "one_hot", "restricted"])
+@pytest.mark.parametrize("kind", ["full", "one_hot", "restricted", "overflowing"])
 def test_sampling_converges_to_the_target(kind):
     target, draft = conditional_law(), conditional_law()
-    proposal = {"full": draft, "one_hot": argmax_of(draft), "restricted": restricted(draft)}[kind]
+    proposal = {"full": draft, "one_hot": argmax_of(draft), "restricted": restricted(draft)}.get(kind)
     claimed = None if kind == "one_hot" else proposal
+    if kind == "overflowing":
+        proposal = claimed = overflowing(draft)[1]  # drawn by the op itself
     for count in (400, 6400, 25600):
         assert sampled_distance(target, proposal, claimed, count) < noise_level(count)
 

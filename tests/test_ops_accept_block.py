@@ -14,6 +14,7 @@ from languages import (
     continued,
     draft_tokens,
     joint_law,
+    overflowing,
     restricted,
     tables,
     total_variation,
@@ -21,7 +22,7 @@ from languages import (
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_sampled, acceptance_probability
-from spec_compile.ops.accept_block import accept_block, block_acceptance, reach_of_drafts, round_seed
+from spec_compile.ops.accept_block import accept_block, block_acceptance, laws_only, reach_of_drafts, round_seed
 from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -55,7 +56,8 @@ def enumerated(target, proposal, claimed):
         window = torch.tensor([[0, *draft]])
         target_probs = torch.stack([target[draft[:i]] for i in range(DRAFTS + 1)])[None]
         draft_probs = torch.stack([claimed[draft[:i]] for i in range(DRAFTS)])[None]
-        accept, weights = block_acceptance(draft_probs, target_probs, reach_of_drafts(window, draft_probs, target_probs))
+        reach = reach_of_drafts(window, draft_probs, target_probs)
+        accept, weights = block_acceptance(laws_only(window, draft_probs), target_probs, reach)
         left = drawn  # no longer block was kept
         for kept in range(DRAFTS, -1, -1):
             here = left * (1.0 if kept == 0 else float(accept[0, kept - 1].nan_to_num(0.0)))
@@ -67,7 +69,8 @@ def enumerated(target, proposal, claimed):
             for token in range(VOCAB):
                 joint += here * last[token] * continued(target, (*draft[:kept], token))
         ratios = [
-            float(acceptance_probability(target[draft[:i]][token], claimed[draft[:i]][token])) for i, token in enumerate(draft)
+            float(acceptance_probability(target[draft[:i]][token], claimed[draft[:i]][token]).nan_to_num(0.0))
+            for i, token in enumerate(draft)
         ]
         one_by_one += drawn * sum(float(torch.tensor(ratios[: i + 1]).prod()) for i in range(DRAFTS))
     return joint, by_block, one_by_one
@@ -84,6 +87,13 @@ def test_enumeration(kind):
         assert by_block > one_by_one + 1e-3  # not by accident the same
     if kind == "equal":
         assert by_block == pytest.approx(DRAFTS)
+
+
+def test_enumeration_draft_that_overflows():
+    target, (proposal, claimed) = conditional_law(), overflowing(conditional_law())
+    joint, by_block, _ = enumerated(target, proposal, claimed)
+    assert total_variation(joint, joint_law(target)) < 1e-6
+    assert by_block > 0.5, "the drafts before the overflow are kept as ever"
 
 
 def test_enumeration_finds_a_draft_that_lies():
@@ -126,8 +136,11 @@ def noise_level(count):
     return (VOCAB**2 / count) ** 0.5
 
 
-def test_sampling_converges_to_the_target():
+@pytest.mark.parametrize("kind", ["full", "overflowing"])
+def test_sampling_converges_to_the_target(kind):
     target, draft = conditional_law(), conditional_law()
+    if kind == "overflowing":
+        _, draft = overflowing(draft)  # drawn by the op itself
     for count in (400, 6400, 25600):
         assert sampled_distance(target, draft, draft, count) < noise_level(count)
 

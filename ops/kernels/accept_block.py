@@ -10,27 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _noise_key, _rows, _uniform
+from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _is_finite, _noise_key, _rows, _uniform
 from spec_compile.ops.kernels.split_kv import COUNTERS
 from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM
 
 
 @triton.jit
 def _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N: tl.constexpr):
-    """``reach_of_drafts`` of a row: [BLOCK_N]; the pointers are the row's."""
+    """``reach_of_drafts`` of a row, and 1 where a draft's q is a law: [BLOCK_N] each; the pointers are the row's."""
     slot = tl.arange(0, BLOCK_N)
     drafted = slot < N - 1
     token = tl.load(window_ptr + slot + 1, mask=drafted, other=0)
     valid = drafted & (token >= 0) & (token < V)
     target = tl.load(target_ptr + slot.to(tl.int64) * stride_tn + token, mask=valid, other=0.0)
     # Rounded as the CPU rounds it, so that both keep the same drafts.
-    ratio = tl.div_rn(target, tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0))
+    draft = tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0)
+    is_law = tl.where(_is_finite(draft), 1, 0)
+    ratio = tl.where(is_law > 0, tl.div_rn(target, draft), 0.0)
     reach, last = tl.full((BLOCK_N,), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
     for j in range(0, N - 1):
         product = last * tl.sum(tl.where(slot == j, ratio, 0.0), 0)
         last = tl.where(product == product, tl.minimum(product, 1.0), 0.0)  # 0 / 0, 0 * inf
         reach = tl.where(slot == j + 1, last, reach)
-    return reach
+    return reach, is_law
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
     seed = tl.load(seed_ptr + row)
     first = tl.load(position_ptr + row).to(tl.int64) + 1
     slot = tl.arange(0, BLOCK_N)
-    reach = _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N)
+    reach, is_law = _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N)
 
     token = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = token < V
@@ -71,6 +73,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
     weights = target
     if at < N - 1:
         draft = tl.load(draft_ptr + at.to(tl.int64) * stride_dn + token, mask=inside, other=0.0)
+        draft = tl.where(tl.sum(tl.where(slot == at, is_law, 0), 0) > 0, draft, 0.0)
         left = tl.sum(tl.where(slot == at, reach, 0.0), 0) * target - draft
         weights = tl.where(left > 0, left, tl.where(left == left, 0.0, left))
     score, index = _best(weights, noise, token, inside)

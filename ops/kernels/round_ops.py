@@ -93,9 +93,14 @@ def _count_accepted(window_ptr, draft_ptr, target_ptr, seed, first, N, V, stride
 
 
 @triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def _best(weights, noise, token, inside):
-    """The race's winner in one slice: (score, token). Weight 0 and NaN score -1, so they win only where all do."""
-    score = tl.where(weights > 0, weights / noise, -1.0)
+    """The race's winner in one slice: (score, token). Weight 0 scores -1, so it wins only where all do; NaN wins everywhere."""
+    score = tl.where(weights > 0, weights / noise, tl.where(weights == weights, -1.0, float("inf")))
     score, index = tl.max(tl.where(inside, score, -2.0), 0, return_indices=True)
     return score, index
 
@@ -131,7 +136,11 @@ def _race_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_ptr, leng
     tl.store(winner_ptr + fallback, part * BLOCK_V + index)
     if HAS_DRAFT:  # noqa: SIM102 - decided when the kernel is compiled, the next condition on the device
         if accepted < N - 1:
-            weights = target - tl.load(draft_ptr + accepted.to(tl.int64) * stride_dn + token, mask=inside, other=0.0)
+            draft_ptr += accepted.to(tl.int64) * stride_dn
+            rejected = tl.load(window_ptr + accepted + 1)
+            is_law = _is_finite(tl.load(draft_ptr + rejected, mask=(rejected >= 0) & (rejected < V), other=0.0))
+            draft = tl.load(draft_ptr + token, mask=inside, other=0.0)
+            weights = target - tl.where(is_law, draft, 0.0)  # p alone decides where q is no law
             score, index = _best(weights, noise, token, inside)
     tl.store(score_ptr + place, score)
     tl.store(winner_ptr + place, part * BLOCK_V + index)

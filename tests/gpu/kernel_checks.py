@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+from spec_compile.ops import sampling
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
@@ -45,6 +47,15 @@ def flat(x):
     if x is None:
         return []
     return [y for part in x for y in flat(part)] if isinstance(x, (list, tuple)) else [x]
+
+
+def lose_laws(window, draft, seed, position):
+    """Make some q [B, K, V] no laws, wholly or at some tokens, and the drafts of a window what ``sample_token`` draws then."""
+    rows = draft.view(-1, draft.shape[2])
+    rows[::3] = float("nan")
+    rows[1::6, 3::5] = float("nan")
+    for j in range(draft.shape[1]):
+        window[:, j + 1] = sampling.sample_token(draft[:, j].contiguous(), seed, position + 1 + j, sampling.DRAFT_STREAM)
 
 
 def raw(x):

@@ -12,6 +12,7 @@ from kernel_checks import (
     check_capture,
     check_no_host_sync,
     int32,
+    lose_laws,
     needs_device,
     needs_kernels,
     seeds,
@@ -102,6 +103,15 @@ def test_accept_sampled_without_residual_mass():
     window = torch.zeros(16, 2, dtype=torch.int64)
     emitted, length = check("accept_sampled", window, probs, target, seeds(16), int32([3] * 16))
     assert (length == 1).all() and target[:, 0].gather(1, emitted[:, :1]).gt(0).all()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5])
+def test_accept_sampled_of_no_law(num_tokens):
+    window, draft, target = chain(12, num_tokens, 60)
+    seed, position = seeds(12), int32([7] * 12)
+    lose_laws(window, draft, seed, position)
+    check("sample_token", draft[:, 0].contiguous(), seed, position + 1, sampling.DRAFT_STREAM)
+    check("accept_sampled", window, draft, target, seed, position)
 
 
 def test_accept_sampled_strided():

@@ -12,6 +12,7 @@ from kernel_checks import (
     check_capture,
     check_no_host_sync,
     int32,
+    lose_laws,
     needs_device,
     needs_kernels,
     raw,
@@ -273,6 +274,14 @@ def test_accept_block_without_anything_left():
     args = window, probs, target, seeds(6), int32([3] * 6)
     emitted, length = check(accept_block.accept_block, accept_block.accept_block_cuda, *args)
     assert (length == 1).all() and target[:, 0].gather(1, emitted[:, :1]).gt(0).all()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5])
+def test_accept_block_of_no_law(num_tokens):
+    window, draft, target = chain(12, num_tokens, 60)
+    seed, position = seeds(12), int32([7] * 12)
+    lose_laws(window, draft, seed, position)
+    check(accept_block.accept_block, accept_block.accept_block_cuda, window, draft, target, seed, position)
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")])
