@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.rope import head_rotary
 from spec_compile.hf_integration.taps import NORMED, Tap
 
 
@@ -65,7 +65,7 @@ class DraftHead(PreTrainedModel):
             rotary: the rotary embedding; None for Llama's, of ``config``.
 
         Raises:
-            DraftError: a tap, a width or a vocabulary that does not fit the target.
+            DraftError: a tap, a width or a vocabulary that does not fit the target, or a rotary embedding that cannot be built.
         """
         super().__init__(config)
         check_fits(config, target, taps, draft_ids, owned)
@@ -78,7 +78,7 @@ class DraftHead(PreTrainedModel):
         if "lm_head" in owned:
             lm_head = nn.Linear(hidden, config.vocab_size if draft_ids is None else draft_ids.shape[0], bias=False)
         self.embed_tokens, self.lm_head = embedding, lm_head
-        self.rotary_emb = LlamaRotaryEmbedding(config) if rotary is None else rotary
+        self.rotary_emb = head_rotary(config) if rotary is None else rotary
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

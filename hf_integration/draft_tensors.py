@@ -21,6 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.rope import published_rope
 
 # What checkpoints carry besides a head's own parameters: the other half of the vocabulary map (checked by vocabulary()),
 # copies of the target's that speculators trains with, and rotary frequencies, which follow from the config.
@@ -37,7 +38,7 @@ _RENAMED = {
 }
 _LAYER_SIZES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
 _QWEN3_SIZES = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
 
@@ -174,15 +175,14 @@ def layer_config(
     names = checkpoint.tensors
     qwen3 = "layers.0.self_attn.q_norm.weight" in names
     known = {name: sizes[name] for name in (*_LAYER_SIZES, *(_QWEN3_SIZES if qwen3 else ())) if sizes.get(name) is not None}
-    if not qwen3 and "sliding_attention" in (sizes.get("layer_types") or ()):
+    layer_types = list(sizes.get("layer_types") or ())[: checkpoint.num_layers()] or ["full_attention"]
+    if not qwen3 and ("sliding_attention" in layer_types or (sizes.get("use_sliding_window") and sizes.get("sliding_window"))):
         raise DraftError(
             f"draft={checkpoint.where!r}: llama layers with a sliding window, which no known head has been run with."
         )
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = known.get(key)
-        if isinstance(rope, Mapping) and "mrope" in (rope.get("rope_type"), rope.get("type")):
-            # On text the three position streams of multimodal rotary embeddings are the same.
-            known[key] = {**{k: v for k, v in rope.items() if k not in ("type", "mrope_section")}, "rope_type": "default"}
+    if "layer_types" in known:  # exporters leave the target's
+        known["layer_types"] = layer_types
+    known["rope_parameters"] = published_rope(sizes, layer_types)
     embedding = names.get("embed_tokens.weight")
     known["vocab_size"] = target.get_input_embeddings().weight.shape[0] if embedding is None else embedding.shape[0]
     known["num_hidden_layers"] = checkpoint.num_layers()

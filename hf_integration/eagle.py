@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_config import account_for
 from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
 from spec_compile.hf_integration.taps import NORMED
@@ -77,8 +78,9 @@ def read_eagle(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> EagleHea
     """A SafeAILab EAGLE-1 or EAGLE-2 checkpoint (also SGLang's ``LlamaForCausalLMEagle``).
 
     Raises:
-        DraftError: names what is missing, unknown or of the wrong shape.
+        DraftError: names what is missing, unknown, of the wrong shape or not supported.
     """
+    account_for(checkpoint.where, checkpoint.config, {})
     config = layer_config(checkpoint, checkpoint.config, target)
     draft_ids, owned = vocabulary(checkpoint, target)
     with like_target(target):

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_config import account_for
 from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
 from spec_compile.hf_integration.eagle3 import Eagle3Head, Eagle3Options, default_taps
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_READ = (
+    "norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "return_hidden_post_norm",
+    "use_aux_hidden_state", _LAYER_IDS,
+)  # fmt: skip
 
 
 def read_eagle3_safeailab(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> Eagle3Head:
@@ -29,6 +34,8 @@ def read_eagle3_safeailab(checkpoint: DraftCheckpoint, target: PreTrainedModel) 
     """
     config = checkpoint.config
     eagle_config = config.get("eagle_config") or {}
+
+    account_for(checkpoint.where, config, {"": _READ, "eagle_config": _READ})
 
     def flag(*names: str) -> bool:
         return any(config.get(name) or eagle_config.get(name) for name in names)
@@ -55,7 +62,7 @@ def safeailab_taps(config: Mapping[str, object], target: PreTrainedModel) -> tup
     """
     num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
     eagle_config = config.get("eagle_config") or {}
-    if eagle_config.get("use_aux_hidden_state") is False:
+    if False in (config.get("use_aux_hidden_state"), eagle_config.get("use_aux_hidden_state")):
         raise DraftError("use_aux_hidden_state=false: an EAGLE-3 head that reads only the target's last state has no reader.")
     outputs, states = eagle_config.get(_LAYER_IDS) or (), tuple(config.get(_LAYER_IDS) or ())
     taps = tuple(outputs) if num_layers in outputs else tuple(layer + 1 for layer in outputs)

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.draft_config import account_for
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers
 from spec_compile.hf_integration.eagle3 import Eagle3Head, default_taps
 from spec_compile.hf_integration.eagle3_safeailab import build_eagle3
 
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -33,6 +35,7 @@ def read_eagle3_speculators(checkpoint: DraftCheckpoint, target: PreTrainedModel
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, Mapping):
         raise DraftError(f"draft={checkpoint.where!r}: a speculators config without transformer_layer_config.")
+    account_for(checkpoint.where, config, {"": (*_FLAGS, _LAYER_IDS), "transformer_layer_config": ()})
     check_layers(checkpoint, layer)
     flags = {name: bool(config.get(name)) for name in _FLAGS}
     return build_eagle3(checkpoint, layer, target, speculators_taps(config, target), flags)
@@ -40,7 +43,7 @@ def read_eagle3_speculators(checkpoint: DraftCheckpoint, target: PreTrainedModel
 
 def speculators_taps(config: Mapping[str, object], target: PreTrainedModel) -> tuple[int, ...]:
     """Hidden states a head reads: its ids are transformers' own numbers, id i = state i (as vLLM reads them)."""
-    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    ids = config.get(_LAYER_IDS)
     return tuple(ids) if ids else default_taps(target.config.get_text_config(decoder=True).num_hidden_layers)
 
 
@@ -70,7 +73,7 @@ def save_speculators_eagle3(
         "transformer_layer_config": layer,
         "draft_vocab_size": tensors["lm_head.weight"].shape[0],
         "target_hidden_size": None if head.target_width == len(head.taps) * config.hidden_size else _width(head),
-        "eagle_aux_hidden_state_layer_ids": list(head.taps),
+        _LAYER_IDS: list(head.taps),
         **{name: getattr(head.options, name) for name in _FLAGS},
         "speculators_config": {
             "algorithm": "eagle3",

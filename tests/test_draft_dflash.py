@@ -48,6 +48,10 @@ def transformers():
     return config, {names.get(name, name): value for name, value in published().items()}
 
 
+_WINDOWED = {"model_type": "qwen3", **_LAYER, "rope_parameters": _ROPE, "vocab_size": VOCAB, "sliding_window": 8}
+_WINDOWED |= {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+
+
 def speculators(**config: object):
     layer = {"model_type": "qwen3", **_LAYER, "rope_parameters": _ROPE, "vocab_size": VOCAB}
     flat = {"architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "transformer_layer_config": layer}
@@ -135,6 +139,28 @@ def test_heads_that_draft_from_the_roots_slot_too(tmp_path: Path):
     assert (head.first_slot, head.num_drafts) == (0, BLOCK)
 
 
+_SETTINGS = {"mask_token_id": VOCAB - 1, "target_layer_ids": [1, 5]}
+
+
+@pytest.mark.parametrize("name", ["sample_from_anchor", "query_zero_predicts_next"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_every_spelling_of_drafts_from_the_roots_slot_is_read(name: str, inside: bool, tmp_path: Path):
+    """SGLang's issues 40144, 40181 and 40203: read the other way, every draft stands one place off."""
+    said = {"dflash_config": _SETTINGS | {name: True}} if inside else {name: True}
+    head = load_draft_head(write(tmp_path, *zlab(**said)), target_for(WEIGHTS))
+    assert (head.first_slot, head.num_drafts) == (0, BLOCK)
+    with pytest.raises(DraftError, match="its config says both"):
+        other = {"query_zero_predicts_next": False} if name == "sample_from_anchor" else {"sample_from_anchor": False}
+        load_draft_head(write(tmp_path, *zlab(**said, **other)), target_for(WEIGHTS))
+
+
+def test_states_that_stand_beside_the_layers_must_be_the_same(tmp_path: Path):
+    name = "eagle_aux_hidden_state_layer_ids"
+    assert load_draft_head(write(tmp_path / "a", *zlab(**{name: [2, 6]})), target_for(WEIGHTS)).taps == (2, 6)
+    with pytest.raises(DraftError, match=r"target_layer_ids=\[1, 5\] are the states \[2, 6\], and .* says \[1, 5\]"):
+        load_draft_head(write(tmp_path / "b", *zlab(**{name: [1, 5]})), target_for(WEIGHTS))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -148,6 +174,16 @@ def test_heads_that_draft_from_the_roots_slot_too(tmp_path: Path):
             "sliding-window layers",
         ),
         (lambda: ({**transformers()[0], "layer_types": None}, transformers()[1]), "sliding-window layers"),
+        (
+            lambda: zlab(dflash_config=_SETTINGS | {"use_swa": True, "swa_window_size": 512}),
+            "use_swa=True: sliding-window layers",
+        ),
+        (lambda: zlab(is_causal=True), "is_causal=True: sliding-window layers and causal blocks are not read"),
+        (lambda: zlab(dflash_config=_SETTINGS | {"causal": True}), "causal=True: sliding-window layers and causal blocks"),
+        (
+            lambda: speculators(sliding_window_non_causal=True, transformer_layer_config=_WINDOWED),
+            r"layer_types=\['full_attention', 'sliding_attention'\]: sliding-window layers",
+        ),
         (
             lambda: (zlab()[0], zlab()[1] | {"markov_head.markov_w1.weight": torch.ones(2)}),
             "unknown: markov_head.markov_w1.weight",
