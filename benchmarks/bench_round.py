@@ -28,7 +28,7 @@ import round_plots
 import round_report
 import shapes
 import torch
-from report import describe, environment, read, save, settings
+from report import describe, environment, exit_if_plain, read, save, settings
 from round_adaptive import run_adaptive
 from round_cells import BATCHES, CHAIN, CONTEXTS, PARTS, Cell, Stage, accept_lengths, grid, in_order, label, parse_rounds
 from round_parts import kernels, launch_ms, measure_parts
@@ -378,6 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(round_report.markdown(result))
     if args.plot:
         round_plots.plot(result, args.plot)
+    exit_if_plain(result)
 
 
 if __name__ == "__main__":

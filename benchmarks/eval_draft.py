@@ -25,6 +25,7 @@ from draft_prompts import HELD_OUT
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.hf_integration.demo_model import DEMO_MODEL_NAME, load_demo_model
+from spec_compile.runtime.stats import accelerated
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def accept_lengths(model, tokenizer, prompts: Sequence[str], temperature: float,
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-    stats = model.spec.stats()
+    stats = accelerated(model.spec.stats())
     if stats.mode != "rounds" or stats.simulated:
         raise RuntimeError(f"generate() ran as {stats.mode!r}, simulated={stats.simulated}: nothing was measured.")
     return [list(row) for row in stats.accept_lengths]

@@ -13,7 +13,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def describe(error: Exception) -> str:
 def fail(cell: dict[str, Any], error: Exception) -> None:
     if cell["status"] == "pending":
         cell.update(status="error", reason=describe(error))
+
+
+def exit_if_plain(result: dict[str, Any]) -> None:
+    """End with an error when calls of ours ran as plain transformers: the result then lacks what it was made for."""
+    if told := sorted(set(_told_plain(result))):
+        sys.exit("\n".join(["error: calls that were to be accelerated ran as plain transformers.", *told]))
+
+
+def _told_plain(value: object) -> Iterator[str]:
+    if isinstance(value, str) and "RanPlainError: " in value:  # as describe() and a child's traceback tell it
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _told_plain(item)
 
 
 def memory_beyond(cell: dict[str, Any], weights: int, kv: int) -> None:

@@ -19,6 +19,7 @@ from report import describe, environment, save, settings
 from torch import Tensor, nn
 
 from spec_compile import spec_compile
+from spec_compile.runtime.stats import accelerated
 
 STEPS = 5
 LEAST = 0.98  # of the speed without speculation
@@ -93,7 +94,7 @@ def measure(
 
 def figures(stats: Any, batch: int) -> dict[str, float]:
     """Decoding only: the token that prefill gave does not count, nor its time."""
-    if stats.mode != "rounds":
+    if accelerated(stats).mode != "rounds":
         raise RuntimeError(f"this call ran {stats.mode}: not what is measured")
     shortest = min(len(lengths) for lengths in stats.accept_lengths)
     live = sum(sum(lengths[:shortest]) for lengths in stats.accept_lengths)

@@ -296,6 +296,7 @@ def _generate(args: argparse.Namespace, prompt: str) -> int:
     from transformers import TextStreamer
 
     from spec_compile import spec_compile
+    from spec_compile.runtime.stats import accelerated
 
     device = resolve_device(args.device)
     model, tokenizer = _load(args.model, resolve_dtype(args.dtype, device), device)
@@ -309,7 +310,7 @@ def _generate(args: argparse.Namespace, prompt: str) -> int:
     model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling_arguments(args.temperature))
     seconds = time.perf_counter() - started
     sys.stdout.flush()
-    stats = model.spec.stats()
+    stats = accelerated(model.spec.stats())
     print(
         f"{stats.emitted_tokens} tokens in {stats.rounds} rounds, accept length {stats.accept_length:.2f}, "
         f"{stats.tokens_per_second:.1f} tokens/s once compiled; {seconds:.1f} s in all, "

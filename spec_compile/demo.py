@@ -91,13 +91,21 @@ class Session:
     def fast(
         self, inputs: dict[str, torch.Tensor], max_new_tokens: int, streamer: object | None = None
     ) -> tuple[list[int], float]:
-        """New tokens and seconds of the compiled, speculative ``generate()``."""
-        return self._generate(inputs, max_new_tokens, streamer)
+        """New tokens and seconds of the compiled, speculative ``generate()``.
 
-    def rounds(self) -> tuple[list[int], str]:
-        """The accept length of each round of the last fast call, and how it ran (``SpecStats.mode``)."""
+        Raises:
+            RanPlainError: it ran as plain transformers, so there is nothing to compare.
+        """
+        from spec_compile.runtime.stats import accelerated
+
+        made = self._generate(inputs, max_new_tokens, streamer)
+        accelerated(self.model.spec.stats())
+        return made
+
+    def rounds(self) -> list[int]:
+        """The accept length of each round of the last fast call."""
         stats = self.model.spec.stats()
-        return (list(stats.accept_lengths[0]) if stats.accept_lengths else []), stats.mode
+        return list(stats.accept_lengths[0]) if stats.accept_lengths else []
 
     def built_seconds(self) -> float:
         """Seconds spent compiling and capturing so far."""
@@ -164,7 +172,8 @@ def run_demo(args: argparse.Namespace) -> int:
         0; 1 when greedy float32 output differed from plain ``generate()``, which is a bug.
 
     Raises:
-        SpecCompileError: the model cannot be had or compiled; see ``load_demo_model`` and ``spec_compile``.
+        SpecCompileError: the model cannot be had or compiled (see ``load_demo_model`` and ``spec_compile``), or a call that was
+            to be accelerated ran as plain transformers.
     """
     from spec_compile.cli import quiet_transformers
 
@@ -263,7 +272,7 @@ def measure(session: Session, title: str, inputs: dict[str, torch.Tensor], max_n
     """Time one prompt on both sides; the last call before this was a fast one.
 
     Raises:
-        SpecCompileError: every fast call compiled something, so none can be timed.
+        SpecCompileError: a fast call ran plain, or every one compiled something, so none can be timed.
     """
     from spec_compile.demo_report import PromptResult
 
@@ -273,8 +282,7 @@ def measure(session: Session, title: str, inputs: dict[str, torch.Tensor], max_n
         spec_tokens, spec_seconds = session.fast(inputs, max_new_tokens)
         before, built = built, session.built_seconds()
         if built == before:
-            accept_lengths, mode = session.rounds()
-            return PromptResult(title, plain_tokens, spec_tokens, plain_seconds, spec_seconds, accept_lengths, mode)
+            return PromptResult(title, plain_tokens, spec_tokens, plain_seconds, spec_seconds, session.rounds())
     raise SpecCompileError(
         f"generate() still compiled in call {_ATTEMPTS + 1} with the same prompt, so it cannot be timed. This is a bug: please "
         "report it with the output of `spec-compile doctor`, and try --compile none meanwhile."

@@ -29,7 +29,6 @@ class PromptResult:
         plain_tokens, spec_tokens: the new token ids.
         plain_seconds, spec_seconds: wall time of the whole call, compiling excluded.
         accept_lengths: tokens each round emitted, in order; the first new token is prefill's and in none of them.
-        mode: ``SpecStats.mode``; ``"plain"`` when spec_compile left the call to transformers.
     """
 
     title: str
@@ -38,7 +37,6 @@ class PromptResult:
     plain_seconds: float
     spec_seconds: float
     accept_lengths: list[int]
-    mode: str = "rounds"
 
     @property
     def accept_length(self) -> float:
@@ -117,7 +115,7 @@ def result_lines(results: Sequence[PromptResult], sampled: bool, width: int) -> 
             result.title,
             str(len(result.spec_tokens)),
             _equality(result, sampled),
-            f"{result.accept_length:.2f}" if result.mode != "plain" else "ran as plain",
+            f"{result.accept_length:.2f}",
             f"{result.plain_rate:.1f}",
             f"{result.spec_rate:.1f}",
             f"{result.speedup:.2f}×",

@@ -26,5 +26,9 @@ class ConfigError(SpecCompileError, ValueError):
     """An argument of spec_compile() or SpecConfig is out of its domain."""
 
 
+class RanPlainError(SpecCompileError):
+    """A ``generate()`` call that was to be accelerated ran as plain transformers. Says why."""
+
+
 class MissingDependencyError(SpecCompileError, ImportError):
     """An optional dependency is absent. The message carries the install command."""

@@ -131,7 +131,7 @@ class SpecHandle:
         return None
 
     def _say_plain(self, reason: str) -> None:
-        self._stats = SpecStats(mode="plain")
+        self._stats = SpecStats(mode="plain", plain_because=reason)
         if self._enabled:
             self._say_once(f"this generate() call runs as plain transformers: {reason}.")
 

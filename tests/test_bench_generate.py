@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ import floors
 import report
 import shapes
 from bench_scripts import FOLDER, run_script
+
+from spec_compile.runtime.stats import SpecStats
 
 TINY = [
     "--shape", "tiny", "--device", "cpu", "--batch", "1", "2", "--prompt-len", "16", "--new-tokens", "16",
@@ -82,7 +85,7 @@ def stub(rounds_per_token: float, mode: str = "rounds") -> object:
             del model.generate, model.spec
 
         model.generate = generate
-        model.spec = SimpleNamespace(stats=lambda: SimpleNamespace(mode=mode, **last), remove=remove)
+        model.spec = SimpleNamespace(stats=lambda: SpecStats(mode=mode, total_ms=1.0, **last), remove=remove)
         return model
 
     return attach
@@ -110,6 +113,22 @@ def test_ours_is_counted_by_its_own_rounds_and_removed(monkeypatch: pytest.Monke
 def test_a_call_that_ran_plain_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     result = bench(monkeypatch, stub(1, mode="plain"), "--systems", "ours")
     assert "plain transformers" in cell_of(result, "ours", 1)["reason"]
+
+
+def test_a_run_without_our_figures_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
+    """autocast stands for whatever makes calls plain. The other systems' figures are kept, the reason is the last word."""
+    out = tmp_path / "out.json"
+    arguments = [*TINY, "--batch", "1", "--no-floor", "--systems", "ours", "hf_eager", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_generate.py", *arguments])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(SystemExit) as ended:
+        bench_generate.main()
+    assert re.match(r"error: calls that were to be accelerated ran as plain .*\nRanPlainError: .*autocast", ended.value.code)
+    result = json.loads(out.read_text())
+    assert cell_of(result, "hf_eager", 1)["status"] == "ok" and cell_of(result, "ours", 1)["status"] == "error"
+    child = {"starts": [{"error": "spec_compile.errors.RanPlainError: generate() was to be accelerated"}]}
+    with pytest.raises(SystemExit, match=r"RanPlainError: generate\(\) was to be"):
+        report.exit_if_plain(child)
+    report.exit_if_plain({"cells": [{"status": "error", "reason": "OutOfMemoryError: 3 GiB"}]})
 
 
 def test_time_limit_ends_what_runs_even_if_it_wraps_errors() -> None:

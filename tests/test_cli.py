@@ -185,6 +185,16 @@ def test_generate_streams_the_text_of_plain_generate(draft, loaded, capsys):
     assert "12 tokens in" in captured.err and "accept length" in captured.err
 
 
+def test_generate_that_runs_plain_prints_its_text_and_fails(loaded, capsys):
+    """autocast stands for whatever makes calls plain."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run("generate", "m", "--prompt", "w1 w2", "--compile", "none", "--max-new-tokens", "6") == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.split()) == 6
+    assert "error: generate() was to be accelerated and ran as plain transformers: torch.autocast is on" in captured.err
+    assert "spec-compile doctor" in captured.err and "tokens/s" not in captured.err
+
+
 def test_generate_reads_the_prompt_from_a_pipe(loaded, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6"))
     assert run("generate", "m", "--compile", "none", "--max-new-tokens", "4") == 0

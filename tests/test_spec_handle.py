@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from spec_compile import spec_compile
+from spec_compile.errors import RanPlainError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import RESULT_CACHE, cache_argument
 from spec_compile.ops import providers
 from spec_compile.runtime import model_runner
+from spec_compile.runtime.stats import SpecStats, accelerated
 
 PROMPT = 11
 
@@ -189,6 +191,24 @@ def test_stats_read_well(pair) -> None:
     with model.spec.disable():
         model.generate(**left_padded(1, PROMPT), max_new_tokens=2, do_sample=False)
     assert str(model.spec.stats()) == "plain transformers generate(): nothing was measured"
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(**left_padded(1, PROMPT), max_new_tokens=2, do_sample=False)
+    assert re.match(r"plain transformers generate\(\) \(torch.autocast is on", str(model.spec.stats()))
+
+
+def test_figures_are_told_of_accelerated_calls_alone(pair) -> None:
+    model, told = pair[1], "was to be accelerated and ran as plain transformers"
+    model.generate(**left_padded(1, PROMPT), max_new_tokens=2, do_sample=False)
+    assert accelerated(model.spec.stats()) is model.spec.stats()
+    model.generate(**left_padded(1, PROMPT), max_new_tokens=2, num_beams=2, do_sample=False)
+    with pytest.raises(RanPlainError, match=f"{told}: beam search"):
+        accelerated(model.spec.stats())
+    with model.spec.disable():
+        model.generate(**left_padded(1, PROMPT), max_new_tokens=2, do_sample=False)
+    with pytest.raises(RanPlainError, match=f"{told}: model.spec is switched off"):
+        accelerated(model.spec.stats())
+    with pytest.raises(RanPlainError, match=f"{told}: the installed transformers did not reach the decode loop"):
+        accelerated(SpecStats())
 
 
 def test_tracing_counts_as_compiling(monkeypatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spec_compile.errors import RanPlainError
+
 
 @dataclass
 class SpecStats:
@@ -30,6 +32,7 @@ class SpecStats:
         kv_bytes: size of the KV pools.
         mode: ``"rounds"``, ``"lockstep"`` (logits processors, scores) or ``"plain"`` (ran as plain transformers).
         simulated: acceptance was simulated; the text is not the model's.
+        plain_because: why a plain call was not accelerated; None for others, and where the caller had switched that off.
     """
 
     rounds: int = 0
@@ -50,11 +53,13 @@ class SpecStats:
     kv_bytes: int = 0
     mode: str = "rounds"
     simulated: bool = False
+    plain_because: str | None = None
 
     def __str__(self) -> str:
         """A few lines to read; ``repr()`` has every field."""
         if self.mode == "plain":
-            return "plain transformers generate(): nothing was measured"
+            why = "" if self.plain_because is None else f" ({self.plain_because})"
+            return f"plain transformers generate(){why}: nothing was measured"
         if self.total_ms == 0.0:
             return "no generate() call has ended yet"
         how = ", SIMULATED acceptance: the text is not the model's" if self.simulated else ""
@@ -74,6 +79,24 @@ class SpecStats:
             ("memory", f"KV cache {_mib(self.kv_bytes)}, {graphs}"),
         ]
         return "\n".join(f"{name:<14} {text}" for name, text in lines if text)
+
+
+def accelerated(stats: SpecStats) -> SpecStats:
+    """``stats`` themselves, of a call whose speed is about to be told.
+
+    Raises:
+        RanPlainError: it ran as plain transformers, or reached no loop of ours at all.
+    """
+    if stats.mode == "plain":
+        reason = stats.plain_because or "model.spec is switched off"
+    elif stats.total_ms == 0.0:
+        reason = "the installed transformers did not reach the decode loop that spec_compile put in place"
+    else:
+        return stats
+    raise RanPlainError(
+        f"generate() was to be accelerated and ran as plain transformers: {reason}. `spec-compile doctor` tells whether this "
+        "installation can accelerate at all."
+    )
 
 
 def _mib(size: int) -> str:
