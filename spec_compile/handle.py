@@ -142,7 +142,7 @@ class SpecHandle:
 
     def _say_incompatible(self, what: str) -> None:
         """What the installed transformers does otherwise than any release that was tested: said in every call."""
-        self._stats = SpecStats(mode="plain")
+        self._stats = SpecStats(mode="plain", plain_because=what)
         if self._enabled:
             warn_user(f"{what}, so this generate() call runs as plain transformers. {version_remedy()}")
 
