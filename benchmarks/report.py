@@ -62,7 +62,7 @@ def environment(device: str) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -10,9 +10,12 @@ import platform
 import shutil
 import sys
 import sysconfig
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from spec_compile.versions import TESTED, is_tested
 
 if TYPE_CHECKING:
     from spec_compile.hardware import Hardware
@@ -60,7 +63,9 @@ def examine() -> list[Check]:
     device = _main_device()
     kernels = _providers(device)
     drafts = _drafts(device, kernels)
-    return [*_versions(), *_hardware(), *kernels, *_delta_providers(device), *drafts, *_toolchain(), *_extras()]
+    return [
+        *_versions(), *_hardware(), *kernels, *_delta_providers(device), *drafts, *_toolchain(), *_extras(), self_test(),
+    ]  # fmt: skip
 
 
 def verdict(checks: list[Check]) -> str:
@@ -104,6 +109,11 @@ def _version(name: str, version: str | None, wanted: object, fix: str) -> Check:
         return Check("Versions", name, "problem", f"not installed; needs {wanted}", fix)
     if not wanted.contains(version, prereleases=True):
         return Check("Versions", name, "problem", f"{version} is outside {wanted}", fix)
+    if name in TESTED:
+        tested = f"tested: {', '.join(TESTED[name])}"
+        if not is_tested(name, version):
+            return Check("Versions", name, "optional", f"{version} is none of those that were tested ({tested})", fix)
+        return Check("Versions", name, "ok", f"{version} ({tested})")
     return Check("Versions", name, "ok", f"{version} (supported: {wanted})")
 
 
@@ -264,6 +274,42 @@ def _extras() -> list[Check]:
         else:
             checks.append(Check("Extras", distribution, "ok", f"{version}, {purpose}"))
     return checks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Self-test
+
+
+def self_test() -> Check:
+    """Whether ``generate()`` of a random llama of two layers runs in rounds here and gives the plain text: versions say what
+    should work, this says what does. Graphs run as captured, so that it takes seconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from spec_compile.api import spec_compile
+
+    name, fix = "a tiny random model, n-gram drafts", "pip install the versions of constraints.txt, or report this"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.12, eos_token_id=None)).to(device).eval()
+            prompt = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0)).repeat(1, 2).to(device)
+            settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+            plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+            model = spec_compile(model, compile="none", cuda_graphs=False, progress=False, adaptive=False, min_ngram=1)
+            text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+            stats = model.spec.stats()
+    except Exception as error:  # whatever it is, it stands in the report
+        return Check("Self-test", name, "problem", f"{type(error).__name__}: {error}", fix)
+    if stats.mode != "rounds":
+        reasons = "; ".join(str(w.message) for w in told if "spec_compile" in str(w.message))
+        return Check("Self-test", name, "problem", f"the call ran as plain transformers: {reasons or 'no reason given'}", fix)
+    if not torch.equal(text, plain):
+        return Check("Self-test", name, "problem", "the text differs from plain generate()", fix)
+    return Check("Self-test", name, "ok", f"{stats.rounds} rounds on {device}, text equal to plain generate()")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

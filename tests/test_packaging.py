@@ -7,16 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from spec_compile.versions import TESTED, is_tested
 
 ROOT = Path(__file__).resolve().parents[1]
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    tomllib = None
 
 # Each room may import from itself and from those right of it.
 ROOMS = ("spec_compile", "hf_integration", "passes", "ops")
@@ -116,7 +117,6 @@ def test_importing_the_package_or_its_help_needs_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(tomllib is None, reason="tomllib is new in Python 3.11")
 def test_every_folder_of_a_room_is_a_listed_package():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = set()
@@ -175,6 +175,44 @@ def test_ci_runs_the_test_command_of_the_readme():
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["make test"]
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+def pins(name: str) -> dict[str, list[str]]:
+    """The versions of each package in a constraints file, markers aside."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line and not line.startswith("#"):
+            package, version = line.partition(";")[0].strip().split("==")
+            found.setdefault(package, []).append(version)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(TESTED))
+def test_the_range_the_lock_and_what_was_tested_agree(name: str) -> None:
+    """What pip accepts ends at the newest tested release and begins at the oldest; the lock is one of those between."""
+    dependencies = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    (allowed,) = [d.specifier for d in dependencies if d.name == name]
+    oldest, *_, newest = map(Version, TESTED[name])
+    assert all(map(allowed.contains, TESTED[name])) and is_tested(name, f"{newest}.post1+cpu")
+    for outside in (f"{newest.major}.{newest.minor + 1}", f"{oldest.major}.{oldest.minor - 1}.9"):
+        assert not allowed.contains(outside) and not is_tested(name, outside)
+    assert set(pins("constraints.txt")[name]) <= set(TESTED[name])
+    assert pins("constraints-oldest.txt")[name] == [str(oldest)]
+
+
+def test_the_lock_has_everything_that_the_commands_install() -> None:
+    locked = {package.lower().replace("_", "-") for package in pins("constraints.txt")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {Requirement(line).name for line in [*project["dependencies"], *extras["demo"], *extras["test"]]}
+    assert wanted <= locked
+
+
+def test_workflows_run_the_oldest_the_locked_and_the_newest() -> None:
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    for arguments in ("CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest", "LATEST=1"):
+        assert arguments in text and arguments in (ROOT / "README.md").read_text()
+    assert "make test ${{ matrix.arguments }}" in text and "make lint" in text
 
 
 def test_readme_links_lead_somewhere():
