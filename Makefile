@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS) $(if $(LATEST),newest
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "error: $(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(CHOICE) setuptools
+	$(INSTALL) $(CHOICE) "setuptools>=77"
 	$(INSTALL) $(CHOICE) --no-build-isolation -e ".[demo,test]"
 	$(INSTALL) --no-deps "$(DEMO_MODEL)"
 	-$(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|testing|tests)/' $(VENV)/lib
