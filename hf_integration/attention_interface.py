@@ -1,17 +1,16 @@
 """What transformers calls while a forward is being captured: our attention function, mask function and cache.
 
 transformers routes every attention through three surfaces that are the same from 5.17 to 5.24: ``AttentionInterface``
-(the attention itself), ``AttentionMaskInterface`` (who builds the mask; ours builds none) and ``Cache`` (who stores keys
-and values; ours hands them straight through, because the attention op appends). All three are active only inside
-``capture_context``: outside it the model's own attention implementation is back in place and its forward is untouched.
+(the attention itself), ``AttentionMaskInterface`` (who builds the mask; ours tells what kind it is, see ``mask_windows``) and
+``Cache`` (who stores keys and values; ours hands them straight through, because the attention op appends). A capture works on
+a private copy of the model's modules, whose configuration names ours: the model itself is never switched.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spec_compile.errors import CaptureError
+from spec_compile.hf_integration.mask_windows import position_mask, position_stand_ins
+from spec_compile.hf_integration.own_attention import masks_hold_windows
 from spec_compile.hf_integration.recurrent_layers import RECURRENT, STATE_PARTS, PassThroughStates, recurrent_capture
+from spec_compile.hf_integration.taps import Tap
 from spec_compile.ops import attention as attention_ops  # registers the ops that the graph will hold
 
 NAME = "spec_compile"
@@ -41,9 +43,10 @@ class CaptureContext:
     page_table: Tensor
     cache_len: Tensor
     state_slot: Tensor
-    windows: list[int]
+    positions: tuple[Tensor, Tensor] | None  # stand-ins in masks; None where the model's attention reads windows from its call
     slots: dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv" | one of STATE_PARTS) -> stand-in
     cache: CaptureCache = field(init=False)
+    states: dict[Tap, Tensor] = field(default_factory=dict)  # tapped hidden states
     recurrent_layer: int = -1  # the one that is running
 
     def slot(self, layer_idx: int, part: str) -> Tensor:
@@ -106,7 +109,7 @@ def attention_function(
     context = _context
     if context is None:
         raise CaptureError("the spec_compile attention function was called outside capture; use the model's own attention.")
-    if attention_mask is not None:
+    if attention_mask is not None and context.positions is None:
         raise CaptureError(f"{type(module).__name__} passes its own attention mask; only causal masks can be captured.")
     unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS_KWARGS}
     if unknown:
@@ -115,12 +118,13 @@ def attention_function(
         raise CaptureError(f"{type(module).__name__} is not causal; speculative decoding needs a causal language model.")
     layer = module.layer_idx
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    window = (kwargs.get("sliding_window") or 0) if context.positions is None else 0  # else the mask knows: read_windows
     if hasattr(module, "kv_b_proj"):
-        if context.windows[layer] or softcap or s_aux is not None:
+        if window or softcap or s_aux is not None:
             raise CaptureError(
                 f"{type(module).__name__}: latent attention with windows, softcap or sinks, which no op expresses."
             )
-        return _latent_attention(module, query, scale, layer, context), None
+        return _latent_attention(module, query, scale, layer, context, attention_mask), None
     out = torch.ops.spec_compile.attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -129,16 +133,18 @@ def attention_function(
         context.slot(layer, "v"),
         context.page_table,
         context.cache_len,
-        None,
+        attention_mask,  # until read_windows puts a window in its place
         scale,
-        context.windows[layer],
+        window,
         float(softcap or 0.0),
         s_aux,
     )
     return out, None
 
 
-def _latent_attention(module: nn.Module, query: Tensor, scale: float, layer: int, context: CaptureContext) -> Tensor:
+def _latent_attention(
+    module: nn.Module, query: Tensor, scale: float, layer: int, context: CaptureContext, attention_mask: Tensor | None
+) -> Tensor:
     """DeepSeek's MLA with its up-projections absorbed into query and output, so that the cache holds latents only.
 
     The key/value expansion that transformers traced before this call becomes dead code. Source: DeepSeek-V2, section 2.1.
@@ -159,47 +165,37 @@ def _latent_attention(module: nn.Module, query: Tensor, scale: float, layer: int
         context.slot(layer, "kv"),
         context.page_table,
         context.cache_len,
-        None,
+        attention_mask,
         scale,
         module.kv_lora_rank,
     )
     return torch.einsum("bnhc,hdc->bnhd", out, weight[:, nope:])
 
 
-def no_mask(*args, use_vmap: bool = False, **kwargs) -> None:
-    """Build no mask: causality, windows and trees are the op's business."""
+def mask_of_positions(*args, mask_function: Callable[..., Tensor], use_vmap: bool = False, **kwargs) -> Tensor | None:
+    """What kind of mask it is, as a formula in positions; causality, windows and trees are the op's business."""
     if use_vmap:  # transformers sets it exactly when a model adds its own mask function
         raise CaptureError("the model combines the causal mask with a mask function of its own, which no op expresses.")
-    return None
+    return None if _context.positions is None else position_mask(mask_function, *_context.positions)
 
 
 AttentionInterface.register(NAME, attention_function)
-AttentionMaskInterface.register(NAME, no_mask)
+AttentionMaskInterface.register(NAME, mask_of_positions)
 
 
-def layer_windows(config: PretrainedConfig) -> list[int]:
-    """Sliding window of every layer in tokens, self included; 0 means unlimited, or a layer without attention.
-
-    Read from the config, never from the attention call: some models (phimoe) put the window only into the mask.
+def check_layer_types(config: PretrainedConfig) -> None:
+    """Refuse by name what the graph alone would show less clearly.
 
     Raises:
         CaptureError: a layer type that is neither full nor sliding attention, nor recurrent.
     """
-    num_layers = config.num_hidden_layers
-    # A config keeps attributes its class does not know: a stray key of another family's is none of this model's.
-    declared = hasattr(type(config), "sliding_window") or "sliding_window" in signature(type(config).__init__).parameters
-    sliding = (declared and config.sliding_window) or 0
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [sliding] * num_layers
-    known = {"full_attention": 0, "sliding_attention": sliding, RECURRENT: 0}
-    unknown = sorted(set(layer_types) - set(known))
+    layer_types = (getattr(config, "layer_types", None) or [])[: config.num_hidden_layers]
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", RECURRENT})
     if unknown:
         raise CaptureError(
             f"{config.model_type} has layers of type {unknown}; only full and sliding attention and gated delta nets can be "
             "captured."
         )
-    return [known[layer_type] for layer_type in layer_types[:num_layers]]
 
 
 def recurrent_layers(config: PretrainedConfig) -> list[int]:
@@ -229,6 +225,7 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
     """Make ``model``'s forward emit our ops for the duration of the block.
 
     Args:
+        model: a private copy, or nobody else may run it meanwhile.
         batch: rows of the forward to be captured.
     """
     global _context
@@ -240,7 +237,7 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
         page_table=torch.zeros(batch, 1, dtype=torch.int32, device=device),
         cache_len=torch.zeros(batch, dtype=torch.int32, device=device),
         state_slot=torch.zeros(batch, dtype=torch.int32, device=device),
-        windows=layer_windows(config),
+        positions=position_stand_ins(device) if masks_hold_windows(model) else None,
         slots={
             (i, part): torch.zeros(1, 1, 1, 1, device=device)
             for i in range(num_layers)
@@ -259,4 +256,4 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
         model.set_attn_implementation(original)
 
 
-__all__ = ["CaptureContext", "attention_ops", "capture_context", "layer_windows", "recurrent_layers"]
+__all__ = ["CaptureContext", "attention_ops", "capture_context", "check_layer_types", "recurrent_layers"]

@@ -24,12 +24,15 @@ from spec_compile.errors import CaptureError, SpecCompileError
 from spec_compile.hf_integration.attention_interface import (
     CaptureContext,
     capture_context,
-    layer_windows,
+    check_layer_types,
     recurrent_layers,
 )
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.mask_windows import read_windows
+from spec_compile.hf_integration.own_attention import own_attention
+from spec_compile.hf_integration.private_copy import private_copy
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
@@ -61,8 +64,7 @@ def capture_window(model: PreTrainedModel, batch: int, num_tokens: int, stage: s
         CaptureError: the architecture cannot be captured; says why.
     """
     inputs = _token_inputs(model, batch, num_tokens)
-    with tapped(model, taps) as states:
-        return _capture(model, batch, stage, inputs, _causal_lm(model, taps, states), dynamic_length=False)
+    return _capture(model, batch, stage, inputs, _causal_lm(model, taps), dynamic_length=False, taps=taps)
 
 
 def capture_prefill(model: PreTrainedModel, taps: tuple[Tap, ...] = ()) -> StageGraph:
@@ -72,8 +74,7 @@ def capture_prefill(model: PreTrainedModel, taps: tuple[Tap, ...] = ()) -> Stage
         CaptureError: the architecture cannot be captured; says why.
     """
     inputs = _token_inputs(model, 1, _PREFILL_EXAMPLE_TOKENS)
-    with tapped(model, taps) as states:
-        return _capture(model, 1, "prefill", inputs, _causal_lm(model, taps, states), dynamic_length=True)
+    return _capture(model, 1, "prefill", inputs, _causal_lm(model, taps), dynamic_length=True, taps=taps)
 
 
 def capture_head_window(
@@ -96,7 +97,7 @@ def capture_head_window(
     if num_rows < num_tokens:
         inputs["slots"] = torch.zeros(batch, num_rows, dtype=torch.int64, device=inputs["input_ids"].device)
 
-    def forward(context: CaptureContext, input_ids, position_ids, hidden_states, slots=None):
+    def forward(head: DraftHead, context: CaptureContext, input_ids, position_ids, hidden_states, slots=None):
         states = head.project(hidden_states) if stage == "draft_extend" else hidden_states
         hidden = head(input_ids, states, position_ids, cache=context.cache)  # [B, N, H]
         kept = hidden if slots is None else hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, R, H]
@@ -110,7 +111,7 @@ def capture_head_prefill(head: DraftHead) -> StageGraph:
     inputs = _token_inputs(head, 1, _PREFILL_EXAMPLE_TOKENS)
     inputs["hidden_states"] = _states_like(head, inputs["input_ids"], of_target=True)
 
-    def forward(context: CaptureContext, input_ids, position_ids, hidden_states):
+    def forward(head: DraftHead, context: CaptureContext, input_ids, position_ids, hidden_states):
         return (head(input_ids, head.project(hidden_states), position_ids, cache=context.cache),)
 
     return _capture(head, 1, "prefill", inputs, forward, dynamic_length=True)
@@ -125,7 +126,7 @@ def capture_block(head: DFlashHead, batch: int, num_drafts: int) -> StageGraph:
     """
     drafts = slice(head.first_slot, head.first_slot + num_drafts)
 
-    def forward(context: CaptureContext, input_ids, position_ids):
+    def forward(head: DFlashHead, context: CaptureContext, input_ids, position_ids):
         return (head.logits(head(input_ids, position_ids, cache=context.cache)[:, drafts]),)
 
     return _capture(head, batch, "draft", _token_inputs(head, batch, head.block_size), forward, dynamic_length=False)
@@ -138,7 +139,7 @@ def capture_dflash_context(head: DFlashHead, batch: int, num_tokens: int | None)
     inputs = _token_inputs(head, batch, num_tokens or _PREFILL_EXAMPLE_TOKENS)
     inputs["hidden_states"] = _states_like(head, inputs.pop("input_ids"), of_target=True)
 
-    def forward(context: CaptureContext, position_ids, hidden_states):
+    def forward(head: DFlashHead, context: CaptureContext, position_ids, hidden_states):
         for layer, (keys, values) in enumerate(head.context_kv(head.project(hidden_states), position_ids)):
             caches = context.slot(layer, "k"), context.slot(layer, "v")
             torch.ops.spec_compile.kv_write(keys, values, *caches, context.page_table, context.cache_len)
@@ -161,13 +162,13 @@ def _states_like(head: DraftHead, input_ids: Tensor, *, of_target: bool) -> Tens
     return torch.zeros(*input_ids.shape, width, dtype=head.dtype, device=input_ids.device)
 
 
-def _causal_lm(model: PreTrainedModel, taps: tuple[Tap, ...], states: dict[Tap, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """A forward that returns the logits and the tapped states [B, N, Ht], which hooks put into ``states``."""
-
+def _causal_lm(model: PreTrainedModel, taps: tuple[Tap, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """A forward that returns the logits and the tapped states [B, N, Ht], which hooks put into the context."""
     cache = cache_argument(model.forward)
 
-    def forward(context: CaptureContext, input_ids, position_ids):
+    def forward(model: PreTrainedModel, context: CaptureContext, input_ids, position_ids):
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=True, **{cache: context.cache})
+        states = context.states
         # A graph puts no tensor out twice; small targets have heads that read one state in two places.
         return (out.logits, *(states[tap].clone() if tap in taps[:i] else states[tap] for i, tap in enumerate(taps)))
 
@@ -182,42 +183,54 @@ def _capture(
     forward: Callable[..., tuple[Tensor, ...]],
     *,
     dynamic_length: bool,
+    taps: tuple[Tap, ...] = (),
 ) -> StageGraph:
-    """Trace ``forward(context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``."""
+    """Trace ``forward(model, context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``.
+
+    What is traced is a private copy of the model's modules, over the model's own tensors: other threads may run it meanwhile.
+    """
     captured: list[StageGraph] = []
     try:
         if model.config.is_encoder_decoder:
             raise CaptureError("it has an encoder beside its decoder; only decoder-only models can be captured.")
+        if (reason := own_attention(model)) is not None:
+            raise CaptureError(f"{reason}.")
         config = model.config.get_text_config(decoder=True)
-        layer_windows(config)
+        check_layer_types(config)
         modeling_modules(model, recurrent_layers(config))
     except CaptureError as error:
         raise CaptureError(_message(model, str(error))) from error
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _one_at_a_time, capture_context(model, batch) as context:
-            names = {id(value): name for name, value in inputs.items()}
-            rows = ("page_table", "cache_len", "state_slot")
-            names |= {id(getattr(context, name)): name for name in rows}
+    twin = private_copy(model)
+    with (
+        torch.no_grad(),
+        _one_at_a_time,
+        capture_context(twin, batch) as context,
+        tapped(twin, taps) as context.states,
+    ):
+        names = {id(value): name for name, value in inputs.items()}
+        rows = ("page_table", "cache_len", "state_slot")
+        names |= {id(getattr(context, name)): name for name in rows}
 
-            def backend(gm: fx.GraphModule, example_inputs: list):
-                captured.append(StageGraph(_bind(gm, example_inputs, names, context), stage))
-                raise _Captured
+        def backend(gm: fx.GraphModule, example_inputs: list):
+            captured.append(StageGraph(_bind(gm, example_inputs, names, context), stage))
+            raise _Captured
 
-            def step(*args):
-                return forward(context, **dict(zip(inputs, args, strict=True)))
+        def step(*args):
+            return forward(twin, context, **dict(zip(inputs, args, strict=True)))
 
-            if dynamic_length:
-                for value in inputs.values():
-                    torch._dynamo.mark_dynamic(value, 1)
-            _trace(model, step, backend, tuple(inputs.values()))
-    finally:
-        model.train(was_training)
+        if dynamic_length:
+            for value in inputs.values():
+                torch._dynamo.mark_dynamic(value, 1)
+        _trace(model, step, backend, tuple(inputs.values()))
     if not captured:
         raise CaptureError(_message(model, "its forward computes nothing from its inputs."))
     if dynamic_length:
         _check_length(model, captured[0], inputs)
+    try:
+        if context.positions is not None:
+            read_windows(captured[0].gm, context.positions)
+    except CaptureError as error:
+        raise CaptureError(_message(model, str(error))) from error
     graph = finish(captured[0])
     _check(model, graph)
     _check_positions(model, graph, inputs)
@@ -329,15 +342,23 @@ def _attribute(gm: fx.GraphModule, target: str) -> object:
 
 def _check(model: PreTrainedModel, graph: StageGraph) -> None:
     """One attention op or delta rule for each layer, each on its own layer's cache or state."""
-    layers = [
-        node.meta["binding"].layer
+    caches = [
+        node
         for node in placeholders(graph.gm)
         if isinstance(node.meta["binding"], CacheSlot) and node.meta["binding"].part in ("k", "kv", "state")
     ]
+    layers = sorted(node.meta["binding"].layer for node in caches)
     expected = list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
-    if sorted(layers) != expected:
+    if layers != expected:
+        raise CaptureError(_message(model, f"it has {len(expected)} layers but layers {layers} reach the attention interface."))
+    again = sorted(node.meta["binding"].layer for node in caches if len(node.users) > 1)
+    if again:
         raise CaptureError(
-            _message(model, f"it has {len(expected)} layers but layers {sorted(layers)} reach the attention interface.")
+            _message(
+                model,
+                f"layers {again} reach the attention interface more than once in a forward (layers run in a loop, or several "
+                "attentions in one), and a layer has one cache.",
+            )
         )
 
 

@@ -195,6 +195,11 @@ class SpecHandle:
             call = read_call(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
             if len(call.eos_ids) > MAX_EOS_IDS:
                 reason = f"more than {MAX_EOS_IDS} eos_token_id values are not accelerated"
+            elif (limit := self._engine.target.longest_text) is not None and call.max_length > limit:
+                reason = (
+                    f"texts of more than {limit} tokens are not accelerated: the cache that this model's configuration makes "
+                    f"keeps no more, while its attention mask reaches further back"
+                )
         if reason is None:
             with self._alone():
                 reason = self._why_not_now()

@@ -21,6 +21,7 @@ def paged(head: DraftHead, batch: int, capacity: int) -> Iterator[CaptureContext
     shape = (pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
     with capture_context(head, batch) as context:
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+        context.positions = None  # no graph, so nothing reads windows off masks: they are the call's
         context.page_table = order.to(torch.int32).view(batch, -1)
         for layer in range(config.num_hidden_layers):
             for part in ("k", "v"):

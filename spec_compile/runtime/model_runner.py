@@ -13,6 +13,7 @@ from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import capture_prefill, capture_window
 from spec_compile.hf_integration.fingerprint import fingerprint
+from spec_compile.hf_integration.mask_windows import longest_text
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
@@ -38,6 +39,7 @@ class ModelRunner:
 
     Attributes:
         pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
+        longest_text: of a target, tokens up to which its graphs compute what plain ``generate()`` does; None for any number.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -74,8 +76,11 @@ class ModelRunner:
         self._layouts = kv_pool.layouts(self._first_choices())
         first = next(iter(self._programs.values()))  # prefill, in a model with recurrent layers
         self._state_layout = state_pool.state_layout(first.graph)
-        if stage == "verify" and not self.recurrent:
-            check_delta_rules(backend)
+        self.longest_text: int | None = None
+        if stage == "verify":
+            self.longest_text = longest_text(self._captured["prefill",], model.config.get_text_config(decoder=True))
+            if not self.recurrent:
+                check_delta_rules(backend)
 
     def _first_choices(self) -> list[Choice]:
         """Providers of every layer in one stage, which tell the layout of the caches. Fails early on a model that cannot be

@@ -1,0 +1,44 @@
+"""Which attention a model runs by its configuration: transformers' own, which capture expresses, or somebody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
+
+_ATTENTIONS, _MASKS = AttentionInterface(), AttentionMaskInterface()  # instances share what is registered
+_REMEDY = "choose a built-in one, e.g. model.set_attn_implementation('sdpa')"
+
+
+def own_attention(model: PreTrainedModel) -> str | None:
+    """Why ``model``'s attention is not one that capture expresses; None if it is.
+
+    Functions that a user registered, under a name of their own or over a built-in one, may compute anything.
+    """
+    for name in sorted(set(_implementations(model.config))):
+        if "/" in name:  # a kernel of the hub, which transformers itself registers
+            continue
+        attention, mask = _ATTENTIONS.get(name), _MASKS.get(name)
+        if attention is not None and getattr(attention, "__module__", "").partition(".")[0] != "transformers":
+            return f"its attention implementation {name!r} is {_called(attention)}, which somebody registered; {_REMEDY}"
+        if mask not in (None, sdpa_mask, eager_mask, flex_attention_mask, flash_attention_mask):
+            return f"its attention implementation {name!r} has masks of {_called(mask)}, which somebody registered; {_REMEDY}"
+    return None
+
+
+def masks_hold_windows(model: PreTrainedModel) -> bool:
+    """Whether the model's attention knows its sliding windows from masks; flash attention reads them from its call."""
+    return _MASKS.get(model.config.get_text_config(decoder=True)._attn_implementation) is not flash_attention_mask
+
+
+def _implementations(config: PretrainedConfig) -> Iterator[str]:
+    if config._attn_implementation is not None:
+        yield config._attn_implementation
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            yield from _implementations(part)
+
+
+def _called(function: Callable) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"

@@ -1,0 +1,50 @@
+"""A model's modules once more, over the same tensors: what capture may switch and hook while others use the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def private_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules and configurations of their own, in eval mode, that share every parameter and buffer with ``model``.
+
+    Nothing done to the copy (hooks, switches, another attention) is seen by the model or by another thread that runs it. What
+    refers to the model's modules from within, such as a ``forward`` that was patched on an instance, refers to the copy's.
+    """
+    twins: dict[int, nn.Module] = {}
+    for module in model.modules():
+        twin = twins[id(module)] = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+    memo: dict[int, object] = {}  # one copy of a configuration that several modules hold
+    for twin in twins.values():
+        for name, value in twin.__dict__.items():
+            twin.__dict__[name] = _moved(value, twins, memo)
+        twin.__dict__["training"] = False
+    return twins[id(model)]
+
+
+def _moved(value: object, twins: dict[int, nn.Module], memo: dict[int, object]) -> object:
+    """``value`` with every module and configuration of the model in it replaced by the copy's."""
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if isinstance(value, PretrainedConfig):
+        return copy.deepcopy(value, memo)
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # of its own even where nothing is replaced: hooks are added to it
+        moved.update({key: _moved(item, twins, memo) for key, item in value.items()})
+        return moved
+    if type(value) in (list, tuple):
+        moved = [_moved(item, twins, memo) for item in value]
+        return value if all(a is b for a, b in zip(moved, value, strict=True)) else type(value)(moved)
+    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
+        return types.MethodType(value.__func__, twins[id(value.__self__)])
+    if isinstance(value, functools.partial):
+        partial = functools.partial(value.func, *_moved(value.args, twins, memo), **_moved(value.keywords, twins, memo))
+        partial.__dict__.update(value.__dict__)
+        return partial
+    return value
