@@ -32,7 +32,7 @@ from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.mask_windows import read_windows
 from spec_compile.hf_integration.own_attention import own_attention
-from spec_compile.hf_integration.private_copy import private_copy
+from spec_compile.hf_integration.private_copy import configurations, private_copy
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
@@ -201,6 +201,7 @@ def _capture(
     except CaptureError as error:
         raise CaptureError(_message(model, str(error))) from error
     twin = private_copy(model)
+    _ask_for_logits_alone(twin)
     with (
         torch.no_grad(),
         _one_at_a_time,
@@ -235,6 +236,16 @@ def _capture(
     _check(model, graph)
     _check_positions(model, graph, inputs)
     return graph
+
+
+def _ask_for_logits_alone(twin: PreTrainedModel) -> None:
+    """Hidden states and the like that a checkpoint's configuration asks for leave no trace in a text, and collecting them takes
+    a lock that Dynamo cannot trace. A call that asks for them runs plain."""
+    for config in configurations(twin.config):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+        config.return_dict = True
 
 
 def _check_positions(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from spec_compile.hf_integration.caches import RESULT_CACHE
+from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.rope import fixed_rope_length
 
 _KNOWN_KWARGS = {
@@ -93,6 +94,8 @@ def why_plain(
         return "encoder-decoder models are not accelerated"
     if synced_gpus:
         return "synced_gpus=True is not accelerated"
+    if (reason := own_attention(model)) is not None:
+        return reason
     if model.training:
         return "the model is in training mode; call model.eval()"
     if generation_config.output_attentions or generation_config.output_hidden_states:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
+
+from spec_compile.hf_integration.private_copy import configurations
 
 _ATTENTIONS, _MASKS = AttentionInterface(), AttentionMaskInterface()  # instances share what is registered
 _REMEDY = "choose a built-in one, e.g. model.set_attn_implementation('sdpa')"
@@ -16,7 +18,8 @@ def own_attention(model: PreTrainedModel) -> str | None:
 
     Functions that a user registered, under a name of their own or over a built-in one, may compute anything.
     """
-    for name in sorted(set(_implementations(model.config))):
+    names = {config._attn_implementation for config in configurations(model.config)} - {None}
+    for name in sorted(names):
         if "/" in name:  # a kernel of the hub, which transformers itself registers
             continue
         attention, mask = _ATTENTIONS.get(name), _MASKS.get(name)
@@ -30,14 +33,6 @@ def own_attention(model: PreTrainedModel) -> str | None:
 def masks_hold_windows(model: PreTrainedModel) -> bool:
     """Whether the model's attention knows its sliding windows from masks; flash attention reads them from its call."""
     return _MASKS.get(model.config.get_text_config(decoder=True)._attn_implementation) is not flash_attention_mask
-
-
-def _implementations(config: PretrainedConfig) -> Iterator[str]:
-    if config._attn_implementation is not None:
-        yield config._attn_implementation
-    for name in config.sub_configs:
-        if isinstance(part := getattr(config, name, None), PretrainedConfig):
-            yield from _implementations(part)
 
 
 def _called(function: Callable) -> str:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+
+def configurations(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """``config`` and those within it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            yield from configurations(part)
 
 
 def private_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
+import types
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Co
 
 from spec_compile.errors import CaptureError
 from spec_compile.hf_integration import attention_interface
+from spec_compile.hf_integration import capture as capture_module
 from spec_compile.hf_integration.attention_interface import attention_function, capture_context, check_layer_types
 from spec_compile.hf_integration.capture import _reason, capture_prefill, capture_window
+from spec_compile.hf_integration.private_copy import private_copy
 from spec_compile.ops.providers import torch_sdpa  # noqa: F401 (registers the CPU ops)
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.stage import stage
@@ -343,3 +348,65 @@ def test_latent_attention_refuses_what_it_cannot_absorb():
     attention.kv_b_proj.weight = attention.kv_b_proj[0].weight
     with pytest.raises(CaptureError, match="kv_b_proj is a Sequential"):
         capture_window(model, 1, 2, "verify")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Others use the model meanwhile
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_a_model_in_the_midst_of_a_capture_is_as_ever_to_everyone(family: str, monkeypatch):
+    """Another thread's forward, the flags of a model in training and the hooks; a capture takes seconds."""
+    model, ids = tiny_model(family), random_ids(2, 7)
+    model.model.layers[1].train()
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+    trace, got = capture_module._trace, []
+
+    def observed(*args) -> None:
+        def backend(gm, example_inputs):
+            def look() -> None:
+                assert {k: v for k, v in snapshot(model).items() if k != "context"} == without_context
+                with torch.no_grad():
+                    got.append(model(ids).logits)
+
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            return args[2](gm, example_inputs)
+
+        trace(*args[:2], backend, *args[3:])
+
+    without_context = {k: v for k, v in before.items() if k != "context"}
+    monkeypatch.setattr(capture_module, "_trace", observed)
+    capture_window(model, 2, 3, "verify", taps=(1,))
+    assert len(got) == 1 and torch.equal(got[0], expected)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "output_router_logits", "return_dict"])
+def test_outputs_that_a_configuration_asks_for_are_left_out(name: str):
+    family = "mixtral" if name == "output_router_logits" else "llama"
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    setattr(model.config, name, name != "return_dict")
+    assert len(find(capture_window(model, 1, 2, "verify"), "attention")) == 2
+    assert getattr(model.config, name) is (name != "return_dict")
+
+
+def test_what_refers_to_the_models_modules_refers_to_the_copys():
+    model = tiny_model("llama")
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
+    attention.forward = functools.partial(type(attention).forward, attention)  # as accelerate wraps a module
+    mlp.forward = types.MethodType(type(mlp).forward, mlp)
+    model.listed = [mlp, {"it": mlp}]
+    twin = private_copy(model)
+    layers = twin.model.layers
+    assert layers[0].self_attn.forward.args == (layers[0].self_attn,) and layers[1].mlp.forward.__self__ is layers[1].mlp
+    assert twin.listed[0] is twin.listed[1]["it"] is layers[1].mlp
+    assert not set(map(id, twin.modules())) & set(map(id, model.modules()))
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
+    assert twin.config is twin.model.config is not model.config
+    assert attention.forward.args == (attention,) and model.listed[0] is mlp
+    assert len(find(capture_window(model, 1, 2, "verify"), "attention")) == 2
