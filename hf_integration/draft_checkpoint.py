@@ -5,15 +5,16 @@ The order, from the surest sign to the weakest:
 1. ``speculators_model_type`` in the config.
 2. ``architectures`` in the config.
 3. MTP tensors, with nothing beside them or beside a model of the target's sizes: its MTP head.
-4. Tensor names, if the config has one layer or keys that no causal LM has: ``fc`` with a ``hidden_norm`` beside it is DFlash;
-   ``d2t``, ``midlayer.*`` or a ``hidden_norm`` in layer 0 is EAGLE-3; ``fc`` without a final norm is EAGLE-1/2 (official
-   repositories call both ``LlamaForCausalLM``).
+4. Tensor names: ``fc`` with a ``hidden_norm`` beside it is DFlash; ``d2t``, ``midlayer.*`` or a ``hidden_norm`` in layer 0 is
+   EAGLE-3; ``fc`` without a final norm is EAGLE-1/2. (Official repositories call both ``LlamaForCausalLM``, and many exporters
+   leave the target's number of layers in the config.)
 5. None of these: not a draft head, but perhaps a causal LM.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.checkpoint_files import files_by_name
 from spec_compile.hf_integration.dflash_checkpoint import read_dflash, read_dflash_speculators
 from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_checkpoint, read_config, tensor_names
+from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_checkpoint, read_config
 from spec_compile.hf_integration.eagle import read_eagle
 from spec_compile.hf_integration.eagle3_safeailab import read_eagle3_safeailab
 from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculators
@@ -71,27 +73,40 @@ def load_draft_head(name: str | os.PathLike, target: PreTrainedModel) -> DraftHe
         DraftError: a head that is broken, of a kind that has no reader, or does not fit ``target``; or nothing was found.
     """
     name = os.fspath(name)
-    local = Path(name).expanduser()
-    directory = local if local.is_dir() else _config_from_hub(name)
-    if not (directory / "config.json").exists():
+    local = Path(name).expanduser()  # all files, once it is a directory
+    with_config = local if local.is_dir() else _config_from_hub(name)
+    if not (with_config / "config.json").exists():
         return None
-    config = read_config(directory)
-    by_config = _reader_by_config(name, config)
-    if by_config is None and (set(config.get("architectures") or ()) & set(_MTP) or holds_mtp_for(name, config, target)):
-        return load_mtp_head(target, name)
-    hints = [hint for hint in _HINTS if hint in config]
-    if by_config is None and not hints and config.get("num_hidden_layers") != 1:
-        return None
-    if not local.is_dir():
-        directory = _from_hub(name)
-    names = set() if by_config else tensor_names(directory)
-    reader = by_config or _reader_by_names(names)
-    if reader is None and hints:
-        raise DraftError(
-            f"draft={name!r}: its config has {', '.join(hints)}, as draft heads do, but its architectures are "
-            f"{config.get('architectures')} and its tensors {', '.join(sorted(names)[:8])}, …. What can be read: {_READ}."
-        )
-    return reader(read_checkpoint(directory, config), target) if reader else None
+    config = read_config(with_config)
+    reader = _reader_by_config(name, config)
+    if reader is None:
+        if set(config.get("architectures") or ()) & set(_MTP):
+            return load_mtp_head(target, name)
+        hints = [hint for hint in _HINTS if hint in config]
+        if (hints or config.get("num_hidden_layers") == 1) and not local.is_dir():
+            local = _from_hub(name)
+        where = str(local) if local.is_dir() else name
+        files = files_by_name(where) if hints else _files_of_any_model(where)
+        if holds_mtp_for(files, config, target):
+            return load_mtp_head(target, name)
+        reader = _reader_by_names(set(files))
+        if reader is None and hints:
+            raise DraftError(
+                f"draft={name!r}: its config has {', '.join(hints)}, as draft heads do, but its architectures are "
+                f"{config.get('architectures')} and its tensors {', '.join(sorted(files)[:8])}, …. What can be read: {_READ}."
+            )
+        if reader is None:
+            return None
+    return reader(read_checkpoint(local if local.is_dir() else _from_hub(name), config), target)
+
+
+def _files_of_any_model(name: str) -> Mapping[str, str]:
+    """``files_by_name``; empty where they cannot be read, because transformers may still load a causal LM (or says why not)."""
+    try:
+        return files_by_name(name)
+    except DraftError as error:
+        warnings.warn(f"spec_compile: taken for a causal LM, its tensors could not be looked at: {error}", stacklevel=2)
+        return {}
 
 
 def _reader_by_config(name: str, config: Mapping[str, object]) -> Reader | None:

@@ -30,7 +30,7 @@ _PARTS = (
 )  # fmt: skip
 _MTP = (
     "mtp_hidden_states_first", "mtp_local_layer_ids", "mtp_hybrid_override_pattern", "mtp_layers_block_type",
-    "mtp_per_layer_config", "index_share_for_mtp_iteration",
+    "mtp_per_layer_config", "index_share_for_mtp_iteration", "mtp_layer_types",
 )  # fmt: skip
 _ROTATION = ("is_neox_style", "rope_is_neox_style")
 _DECISIVE = frozenset((*_NORMS, *_STATES, *_SLOTS, *_WINDOWS, *_SCALES, *_PARTS, *_MTP, *_ROTATION))
@@ -65,7 +65,8 @@ _HARMLESS = frozenset(_TRANSFORMERS) | {
     "num_target_layers", "target_model_type", "target_vocab_size", "mask_token", "embed_requires_grad", "inference_type",
     "has_no_defaults_at_init", "speculators_model_type", "speculators_version", "speculators_config", "ttt_steps",
     "mtp_loss_scaling_factor", "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers",
-    "mtp_use_dedicated_embeddings", "nextn_is_sparse", "num_mtp_modules", "vision_config", "text_config", "audio_config",
+    "mtp_use_dedicated_embeddings", "nextn_is_sparse", "mtp_mlp_layer_types",
+    "num_mtp_modules", "vision_config", "audio_config",
 }  # fmt: skip
 # A head copied from a mixture of experts has none itself, or its tensors say so; token ids and losses are no part of a forward.
 _HARMLESS_KINDS = re.compile(

@@ -72,14 +72,6 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def tensor_names(directory: Path) -> set[str]:
-    """Names of all tensors of a checkpoint, as stored; no tensor is read. Empty when there are no weight files."""
-    for index in (directory / "model.safetensors.index.json", directory / "pytorch_model.bin.index.json"):
-        if index.exists():
-            return set(read_index(index))
-    return {name for file in weight_files(directory) for name in read_names(file)}
-
-
 def read_checkpoint(directory: Path, config: Mapping[str, object]) -> DraftCheckpoint:
     """All tensors of a checkpoint on the CPU, renamed.
 

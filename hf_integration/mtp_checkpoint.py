@@ -14,27 +14,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.checkpoint_files import checkpoint_file, files_by_name
+from spec_compile.hf_integration.draft_config import account_for
 from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.draft_tensors import (
     DraftCheckpoint,
     fill,
-    read_index,
-    read_names,
     read_tensors,
     vocabulary,
-    weight_files,
 )
 from spec_compile.hf_integration.mtp import MtpHead, MtpLayers
 
@@ -98,8 +94,6 @@ _FORMATS = (
         hidden_first=True,
     ),
 )
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _LOOKED_FOR = "mtp.fc.weight, model.layers.<L>.eh_proj.weight, model.mtp_layers.<i>.input_proj.weight"
 
 
@@ -162,7 +156,7 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
                 "from a config. Pass the checkpoint: draft=<directory or hub id with the MTP tensors>."
             )
     where = os.fspath(where)
-    files = _files_by_name(where, revision)
+    files = files_by_name(where, revision)
     layout = find_mtp(files)
     if layout is None:
         seen = f"{len(files)} tensors ({', '.join(sorted(files)[:3])}, …)" if files else "no .safetensors or .bin file"
@@ -171,11 +165,13 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
             f"draft={where!r} holds no MTP head: looked for {_LOOKED_FOR}; it holds {seen}.{gguf} Many quantised or fine-tuned "
             "copies leave the head out: pass the original's directory or hub id as draft=."
         )
+    modules = [_read(where, revision, module, files) for module in layout.modules]
+    config = _config(where, revision)
+    _check_config(where, config, layout.format)
     heads = []
-    for number, module in enumerate(layout.modules, 1):
-        what = where if len(layout.modules) == 1 else f"{where}, MTP layer {number} of {len(layout.modules)}"
-        tensors = _read(where, revision, module, files)
-        heads.append(_build(target, what, layout.format, tensors, _block_size(where, revision)))
+    for number, tensors in enumerate(modules, 1):
+        what = where if len(modules) == 1 else f"{where}, MTP layer {number} of {len(modules)}"
+        heads.append(_build(target, what, layout.format, tensors, _block_size(config)))
     if len(heads) == 1:
         return heads[0]
     for name in layout.modules[0].keys() & layout.modules[1].keys():  # stored once
@@ -186,23 +182,16 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
     return MtpLayers(heads)
 
 
-def holds_mtp_for(where: str | os.PathLike, config: Mapping[str, object], target: PreTrainedModel) -> bool:
+def holds_mtp_for(files: Collection[str], config: Mapping[str, object], target: PreTrainedModel) -> bool:
     """Whether a checkpoint is to be read as an MTP head for ``target``: it holds one beside a model of the target's sizes, or
-    in a directory of its own. Another model with a head of its own (a smaller sibling) is none. What cannot be read may still
-    be a causal LM that transformers can load (or says why not): a warning, no error.
+    alone. Another model with a head of its own (a smaller sibling) is none.
 
     Args:
-        config: the checkpoint's ``config.json``.
+        files: the names of the checkpoint's tensors.
+        config: its ``config.json``.
     """
     text, ours = config.get("text_config") or config, target.config.get_text_config(decoder=True)
     of_target = all(text.get(size) == getattr(ours, size) for size in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    if not of_target and not Path(where).expanduser().is_dir():
-        return False  # nothing more is fetched of an ordinary draft model
-    try:
-        files = _files_by_name(os.fspath(where), None)
-    except DraftError as error:
-        warnings.warn(f"spec_compile: taken for a causal LM, its MTP head could not be looked for: {error}", stacklevel=2)
-        return False
     layout = find_mtp(files)
     return layout is not None and (of_target or set(files) == {name for module in layout.modules for name in module})
 
@@ -224,66 +213,11 @@ def _build(
 # Files
 
 
-class _NotFetchedError(DraftError):
-    """The hub did not answer and its cache lacks a file: there may be one of that name, or none."""
-
-
-def _file(where: str, name: str, revision: str | None, cached: bool = False) -> Path | None:
-    """A file of a directory or a hub repository (``cached``: of its cache alone); None where there is none of that name."""
-    local = Path(where).expanduser()
-    if local.is_dir():
-        return local / name if (local / name).exists() else None
-    try:
-        return Path(hf_hub_download(where, name, revision=revision, local_files_only=cached))
-    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError, but the hub was not heard
-        raise _NotFetchedError(
-            f"draft={where!r}: {name} cannot be read: it is not in the hub's cache and could not be fetched. Connect once, so "
-            "that it is, or pass a directory that holds the whole checkpoint as draft=. The hub's client says: "
-            f"{_first_line(error)}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # hub, network and cache errors have no common base
-        raise DraftError(f"draft={where!r}: {name} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _first_file(where: str, names: Collection[str], revision: str | None) -> Path | None:
-    """The first of ``names`` that there is; None where there is none of them.
-
-    A name that cannot be asked for is passed over while another is at hand: a cache holds the files that were loaded, and
-    seldom a word about those that the repository lacks. A hub that does not answer is asked once: its client tries for long.
-    """
-    unknown = None
-    for name in names:
-        try:
-            if path := _file(where, name, revision, cached=unknown is not None):
-                return path
-        except _NotFetchedError as error:
-            unknown = unknown or error
-    if unknown is not None:
-        raise unknown
-    return None
-
-
-def _files_by_name(where: str, revision: str | None) -> dict[str, str]:
-    """Tensor name -> the file that holds it; empty without weight files."""
-    local = Path(where).expanduser()
-    first = _first_file(where, _INDEXES if local.is_dir() else (*_INDEXES, *_SINGLE_FILES), revision)
-    if first is not None and first.name in _INDEXES:
-        return read_index(first)
-    files = weight_files(local) if local.is_dir() else [first] if first else []
-    return {name: file.name for file in files for name in read_names(file)}
-
-
 def _read(where: str, revision: str | None, module: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Tensor]:
     """A module's tensors on the CPU under ``MtpHead``'s names."""
     out = {}
     for file in sorted({files[name] for name in module}):
-        path = _file(where, file, revision)
+        path = checkpoint_file(where, file, revision)
         if path is None:
             raise DraftError(f"draft={where!r}: its index says that MTP tensors are in {file}, which is not there.")
         held = read_tensors(path, {name for name in module if files[name] == file})
@@ -296,10 +230,26 @@ def _renamed(name: str, known: MtpFormat) -> str:
     return new + name.removeprefix(old)
 
 
-def _block_size(where: str, revision: str | None) -> tuple[int, int]:
+def _config(where: str, revision: str | None) -> Mapping[str, object]:
+    """``config.json`` of the checkpoint; empty without one."""
+    path = checkpoint_file(where, "config.json", revision)
+    return json.loads(path.read_text()) if path else {}
+
+
+def _check_config(where: str, config: Mapping[str, object], known: MtpFormat) -> None:
+    """Account for what a model's config says of its MTP layers; the rest of it is the target's.
+
+    Raises:
+        DraftError: a layer that is not as ``MtpHead`` builds it.
+    """
+    said = {key: value for key, value in {**config, **(config.get("text_config") or {})}.items() if re.search("mtp|nextn", key)}
+    if set(said.get("mtp_layer_types") or ()) <= {"full_attention"}:
+        said.pop("mtp_layer_types", None)
+    account_for(where, said, {"": ("mtp_hidden_states_first",) if known.hidden_first else ()})
+
+
+def _block_size(config: Mapping[str, object]) -> tuple[int, int]:
     """Rows and columns that one scale of an 8-bit matrix stands for."""
-    path = _file(where, "config.json", revision)
-    config = json.loads(path.read_text()) if path else {}
     rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
     return rows, columns
 
@@ -309,7 +259,7 @@ def _block_size(where: str, revision: str | None) -> tuple[int, int]:
 
 
 def _dequantise(where: str, tensors: Mapping[str, Tensor], block_size: tuple[int, int]) -> dict[str, Tensor]:
-    """DeepSeek's 8-bit matrices, float8_e4m3fn [O, I] with float32 scales a block (``weight_scale_inv``), made bfloat16.
+    """DeepSeek's 8-bit matrices, float8_e4m3fn [O, I] with a scale a block (``weight_scale_inv``), made bfloat16.
 
     Source: deepseek-ai/DeepSeek-V3 inference/kernel.py weight_dequant.
 
@@ -321,6 +271,7 @@ def _dequantise(where: str, tensors: Mapping[str, Tensor], block_size: tuple[int
         scales = tensors.get(f"{name}_scale_inv")
         if scales is not None and value.dtype == torch.float8_e4m3fn:
             rows, columns = value.shape[-2:]
+            scales = _factors(where, name, value, scales, block_size)
             scales = scales.repeat_interleave(block_size[0], -2)[..., :rows, :].repeat_interleave(block_size[1], -1)
             out[name] = (value.float() * scales[..., :columns]).bfloat16()
         elif scales is not None or not value.is_floating_point() or value.element_size() < 2:
@@ -330,6 +281,31 @@ def _dequantise(where: str, tensors: Mapping[str, Tensor], block_size: tuple[int
                 "are, and float8_e4m3fn with weight_scale_inv). Pass the original checkpoint as draft=."
             )
     return out
+
+
+def _factors(where: str, name: str, value: Tensor, scales: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """A matrix's scales [.., blocks of rows, blocks of columns] as float32 numbers.
+
+    They are numbers, or powers of two (UE8M0) stored as float8_e8m0fnu or as its bytes (``scale_fmt: ue8m0`` in the config).
+
+    Raises:
+        DraftError: another type, or as many as do not cover the matrix.
+    """
+    blocks = [*value.shape[:-2], *(-(-size // block) for size, block in zip(value.shape[-2:], block_size, strict=True))]
+    if list(scales.shape) != blocks:
+        raise DraftError(
+            f"draft={where!r}: MTP tensor {name} {list(value.shape)} has scales {list(scales.shape)}; with one for "
+            f"{block_size[0]} x {block_size[1]} numbers (weight_block_size in its config) they are {blocks}."
+        )
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    if scales.dtype != torch.float8_e8m0fnu and not (scales.is_floating_point() and scales.element_size() > 1):
+        raise DraftError(
+            f"draft={where!r}: the scales of MTP tensor {name} are stored as {str(scales.dtype).removeprefix('torch.')}, which "
+            "is not read (16 and 32 bits are, and powers of two as float8_e8m0fnu or uint8). Pass the original checkpoint as "
+            "draft=."
+        )
+    return scales.float()
 
 
 def _stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

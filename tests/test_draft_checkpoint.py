@@ -8,16 +8,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test_draft_dflash as dflash
+import test_draft_eagle as eagle
+import test_draft_eagle3 as eagle3
 import torch
-from draft_files import HIDDEN, VOCAB, write
+from draft_files import HIDDEN, LAYERS, VOCAB, target_for, write
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
+from spec_compile.hf_integration.checkpoint_files import files_by_name
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
-from spec_compile.hf_integration.draft_tensors import tensor_names
 from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
 from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
 
@@ -128,7 +132,7 @@ def test_a_model_in_a_bin_file_of_either_kind_is_a_draft(tmp_path: Path, zipped:
     draft.config.save_pretrained(tmp_path)
     torch.save(draft.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     assert zipfile.is_zipfile(tmp_path / "pytorch_model.bin") == zipped
-    assert tensor_names(tmp_path) == set(draft.state_dict())
+    assert set(files_by_name(str(tmp_path))) == set(draft.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_draft_head(tmp_path, model) is None
@@ -213,17 +217,72 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
         load_draft_head("somebody/no-such-head", target())
 
 
-@pytest.mark.parametrize("hinted", [True, False])
+@pytest.mark.parametrize("kind", ["a head", "a head whose config is that of a large model", "a large model"])
 def test_a_hub_id_is_fetched_only_if_it_can_be_a_head(
-    saved: tuple[Path, Eagle3Head], monkeypatch: pytest.MonkeyPatch, hinted: bool
+    saved: tuple[Path, Eagle3Head], monkeypatch: pytest.MonkeyPatch, kind: str
 ):
+    """Of an ordinary model the config and the index of its shards are read, which transformers reads next."""
     directory, head = saved
-    fetched = []
+    asked, fetched = [], []
+
+    def download(name: str, file: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        asked.append(file)
+        if not (directory / file).exists():
+            raise EntryNotFoundError(f"{file} is not there")
+        return str(directory / file)
+
     module = "spec_compile.hf_integration.draft_checkpoint"
-    monkeypatch.setattr(f"{module}.hf_hub_download", lambda name, file: str(directory / file))
+    monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", download)
     monkeypatch.setattr(f"{module}.snapshot_download", lambda name, allow_patterns: fetched.append(name) or str(directory))
-    if not hinted:
-        (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32}))
+    if kind != "a head":
+        config = {**head.config.to_dict(), "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32, "layer_types": None}
+        (directory / "config.json").write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}))
+    if kind == "a large model":
+        (directory / "model.safetensors").unlink()
+        index = {"weight_map": {"model.layers.31.self_attn.q_proj.weight": "model-00002-of-00002.safetensors"}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = load_draft_head("somebody/head", target())
-    assert fetched == (["somebody/head"] if hinted else [])
-    assert same(head, loaded) if hinted else loaded is None
+    assert fetched == ([] if kind == "a large model" else ["somebody/head"])
+    assert loaded is None if kind == "a large model" else same(head, loaded)
+    assert kind != "a large model" or asked == ["config.json", "model.safetensors.index.json"]
+
+
+# Many exporters leave the target's config beside the head: SafeAILab's own EAGLE3-Vicuna1.3-13B says 40 layers
+# (NickL77/BaldEagle's issue 6, sgl-project/SpecForge's 129).
+@pytest.mark.parametrize("case", ["safeailab", "safeailab, whole vocabulary", "eagle", "zlab"])
+def test_a_head_is_told_by_its_tensors_whatever_number_of_layers_its_config_says(case: str, tmp_path: Path):
+    make = {"safeailab": eagle3.safeailab, "eagle": eagle.published, "zlab": dflash.zlab}.get(case, eagle3.full_vocabulary)
+    config, tensors = make()
+    weights = {"eagle": eagle.WEIGHTS, "zlab": dflash.WEIGHTS}.get(case, eagle3.WEIGHTS)
+    kind = "dflash" if case == "zlab" else case if case == "eagle" else "eagle3"
+    config = {key: value for key, value in config.items() if key not in ("draft_vocab_size", "dflash_config")}
+    config |= {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS}
+    if case == "zlab":  # its module builds what its config says
+        with pytest.raises(DraftError, match="num_hidden_layers is 2 by its tensors and 8 by its config"):
+            load_draft_head(write(tmp_path, config | {"mask_token_id": 1}, tensors), target_for(weights))
+        return
+    head = load_draft_head(write(tmp_path, config, tensors), target_for(weights))
+    assert head.kind == kind and head.config.num_hidden_layers == 1
+
+
+def test_layer_types_of_the_target_are_cut_to_the_heads(tmp_path: Path):
+    config, tensors = eagle3.safeailab(num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS)
+    norms = eagle3.pick(r"layers\.0\.self_attn\.(q_norm|k_norm)\.weight")
+    head = load_draft_head(write(tmp_path, config, tensors | norms), target_for(eagle3.WEIGHTS))
+    assert head.config.layer_types == ["full_attention"] and head.config.model_type == "qwen3"
+
+
+@pytest.mark.parametrize("broken", ["weights missing", "weights of other shapes"])
+def test_a_causal_lm_that_transformers_would_make_up_is_no_draft(broken: str, tmp_path: Path):
+    draft = tiny_model("llama", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2)
+    draft.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    if broken == "weights missing":
+        held = {name: value for name, value in held.items() if ".1.mlp" not in name}
+    else:
+        held["model.norm.weight"] = torch.ones(HIDDEN + 1)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    text = r"3 of its weights are not in its files: model\.layers\.1\.mlp\.down_proj" if "missing" in broken else "mismatch"
+    with pytest.raises(DraftError, match=text):
+        spec_compile(target(), draft=str(tmp_path), compile="none")

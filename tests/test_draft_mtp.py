@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import PreTrainedModel
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.draft_checkpoint import _files_of_any_model, load_draft_head
 from spec_compile.hf_integration.mtp import MtpHead, random_mtp_head
-from spec_compile.hf_integration.mtp_checkpoint import find_mtp, holds_mtp_for, load_mtp_head
+from spec_compile.hf_integration.mtp_checkpoint import find_mtp, load_mtp_head
+from spec_compile.hf_integration.taps import NORMED, decoder_layers
 
 TOLERANCE = 2e-5
 PREFILL, STEPS = 10, 2
@@ -106,7 +108,7 @@ def loaded(request, tmp_path_factory) -> Loaded:
 def test_logits_are_those_of_the_reference(loaded: Loaded) -> None:
     """Prefill, then two steps fed with the head's own output over its cache."""
     family, head, wanted = loaded.family, loaded.head, loaded.wanted
-    assert head.kind == "mtp" and head.taps == (2,) and head.owned == () and head.draft_ids is None
+    assert head.kind == "mtp" and head.taps == (NORMED,) and head.owned == () and head.draft_ids is None
     assert head.hidden_first == (family == "qwen2")
     got = draft_logits(head, inputs())
     assert [x.shape for x in got] == [x.shape for x in wanted]
@@ -196,38 +198,85 @@ def test_a_directory_without_an_index_and_pickled_weights(tmp_path: Path) -> Non
         assert same_head(head, load_mtp_head(target, directory))
 
 
-def test_eight_bit_matrices_are_multiplied_by_their_blocks_scales(tmp_path: Path) -> None:
-    """DeepSeek-V3's own files: blocks at the edges are smaller than the others."""
+def as_numbers(scales: Tensor) -> Tensor:
+    return scales
+
+
+def as_powers(scales: Tensor) -> Tensor:
+    """UE8M0, as DeepSeek-V3.1 and later store them (huggingface/transformers' pull request 46763)."""
+    return (2.0 ** torch.ceil(torch.log2(scales))).to(torch.float8_e8m0fnu)
+
+
+def as_exponents(scales: Tensor) -> Tensor:
+    return as_powers(scales).view(torch.uint8)
+
+
+ROWS, COLUMNS = 32, 24  # of a block
+
+
+def in_eight_bits(tensors: dict[str, Tensor], stored: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Projections in float8_e4m3fn; blocks at the edges are smaller than the others."""
+    out = dict(tensors)
+    for name, value in tensors.items():
+        if not (name.endswith("_proj.weight") and "eh_proj" not in name):
+            continue
+        blocks = [value[i : i + ROWS].split(COLUMNS, 1) for i in range(0, value.shape[0], ROWS)]
+        scales = stored(torch.stack([torch.stack([block.abs().max() / 448 for block in row]) for row in blocks]))
+        numbers = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+        spread = numbers.repeat_interleave(ROWS, 0).repeat_interleave(COLUMNS, 1)[: value.shape[0], : value.shape[1]]
+        out[name] = (value / spread).to(torch.float8_e4m3fn)
+        out[f"{name}_scale_inv"] = scales
+    return out
+
+
+def say(directory: Path, **config: object) -> None:
+    """Add to a checkpoint's config."""
+    said = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**said, **config}))
+
+
+@pytest.mark.parametrize("stored", [as_numbers, as_powers, as_exponents])
+def test_eight_bit_matrices_are_multiplied_by_their_blocks_scales(stored: Callable, tmp_path: Path) -> None:
+    """DeepSeek-V3's own files, and those whose scales are powers of two."""
     target = tiny_model("deepseek_v3")
     target = write_checkpoint(tmp_path, target, published("deepseek_v3", target))
     plain = load_mtp_head(target).own_tensors()
-    rows, columns = 32, 24
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [rows, columns]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-
-    def quantise(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = dict(tensors)
-        for name, value in tensors.items():
-            if not (name.endswith("_proj.weight") and "eh_proj" not in name):
-                continue
-            scales = torch.empty(-(-value.shape[0] // rows), -(-value.shape[1] // columns))
-            out[name] = torch.empty_like(value, dtype=torch.float8_e4m3fn)
-            for i in range(scales.shape[0]):
-                for j in range(scales.shape[1]):
-                    block = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
-                    scales[i, j] = value[block].abs().max() / 448
-                    out[name][block] = (value[block] / scales[i, j]).to(torch.float8_e4m3fn)
-            out[f"{name}_scale_inv"] = scales
-        return out
-
-    rewrite(tmp_path, quantise)
+    say(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS], "scale_fmt": "ue8m0"})
+    rewrite(tmp_path, lambda tensors: in_eight_bits(tensors, stored))
     read = load_mtp_head(target).own_tensors()
     assert read.keys() == plain.keys()
     for name, value in read.items():
         error = (value - plain[name]).abs() / plain[name].abs().amax()
-        assert error.max() < 0.04, name  # e4m3 has three bits behind the point
+        # e4m3 has three bits behind the point; a power of two leaves up to half of its range unused
+        assert error.max() < (0.04 if stored is as_numbers else 0.08), name
     assert not torch.equal(read["layers.0.self_attn.o_proj.weight"], plain["layers.0.self_attn.o_proj.weight"])
+
+
+def test_scales_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    target = tiny_model("deepseek_v3")
+    target = write_checkpoint(tmp_path, target, published("deepseek_v3", target))
+    say(tmp_path, quantization_config={"weight_block_size": [ROWS, COLUMNS]})
+    rewrite(tmp_path, lambda tensors: in_eight_bits(tensors, lambda scales: scales.to(torch.int8)))
+    with pytest.raises(DraftError, match=r"scales of MTP tensor layers\.0\..* are stored as int8, which is not read"):
+        load_mtp_head(target)
+    say(tmp_path, quantization_config={"weight_block_size": [64, 64]})
+    with pytest.raises(DraftError, match=r"has scales \[\d+, \d+\]; with one for 64 x 64 numbers \(weight_block_size"):
+        load_mtp_head(target)
+
+
+def test_what_a_config_says_of_its_mtp_layers_is_accounted_for(tmp_path: Path) -> None:
+    target = tiny_model("qwen2")
+    target = write_checkpoint(tmp_path, target, published("qwen2", target))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        say(tmp_path, num_nextn_predict_layers=1, mtp_layer_types=["full_attention"], mtp_hidden_states_first=True)
+        load_mtp_head(target)
+    say(tmp_path, mtp_layer_types=["sliding_attention"])
+    with pytest.raises(DraftError, match=r"mtp_layer_types=\['sliding_attention'\]\. It changes what the head computes"):
+        load_mtp_head(target)
+    say(tmp_path, mtp_layer_types=None, mtp_gate=True)
+    with pytest.warns(UserWarning, match="keys that are not read: mtp_gate"):
+        load_mtp_head(target)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_5_text", "glm4_moe"])
@@ -284,13 +333,20 @@ def test_matrices_of_the_heads_own(tmp_path: Path) -> None:
     torch.testing.assert_close(head.lm_head.weight, 2 * target.get_output_embeddings().weight)
 
 
-def test_routers_biases_stay_in_float32(tmp_path: Path) -> None:
-    target = tiny_model("deepseek_v3")
-    target = write_checkpoint(tmp_path, target, published("deepseek_v3", target), dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "glm4_moe_lite"])
+def test_types_are_those_of_the_targets_layers(family: str, tmp_path: Path) -> None:
+    """transformers keeps routers' biases in float32 whatever the model's type, and from 5.24 on their matrices as well."""
+    target = tiny_model(family)
+    target = write_checkpoint(tmp_path, target, published(family, target), dtype=torch.bfloat16)
     head = load_mtp_head(target)
     dtypes = {name: value.dtype for name, value in head.own_tensors().items()}
-    assert dtypes.pop("layers.0.mlp.gate.e_score_correction_bias") == torch.float32
-    assert set(dtypes.values()) == {torch.bfloat16} and head.dtype == torch.bfloat16
+    assert dtypes["layers.0.mlp.gate.e_score_correction_bias"] == torch.float32
+    theirs = decoder_layers(target)[-1].state_dict()
+    assert {name: value.dtype for name, value in theirs.items()} == {
+        name.removeprefix("layers.0."): dtype for name, dtype in dtypes.items() if name.startswith("layers.0.")
+    }
+    outside = {dtype for name, dtype in dtypes.items() if not name.startswith("layers.0.")}
+    assert outside == {torch.bfloat16} and head.dtype == torch.bfloat16
 
 
 def test_a_path_is_a_head_where_its_model_is_the_targets(tmp_path: Path) -> None:
@@ -339,7 +395,7 @@ def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, mo
         fetched.append(file)
         return str(directory / file)
 
-    monkeypatch.setattr("spec_compile.hf_integration.mtp_checkpoint.hf_hub_download", download)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", download)
     target.name_or_path, target.config._commit_hash = "somebody/model", "abc"
     assert same_head(head, load_mtp_head(target))
     assert fetched == ["model.safetensors.index.json", "model-00002-of-00002.safetensors", "config.json"]
@@ -360,7 +416,7 @@ def test_without_the_hub_what_is_not_cached_is_unknown_and_not_absent(tmp_path: 
             raise LocalEntryNotFoundError("Please check your connection")
         return str(tmp_path / "cached" / file)
 
-    monkeypatch.setattr("spec_compile.hf_integration.mtp_checkpoint.hf_hub_download", offline)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", offline)
     assert same_head(head, load_mtp_head(target))
     # One after another: the config (block sizes stand there), the shard, everything.
     files = ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
@@ -370,7 +426,7 @@ def test_without_the_hub_what_is_not_cached_is_unknown_and_not_absent(tmp_path: 
             spec_compile(target, draft="mtp", compile="none")
     assert asked == files, "a hub that does not answer is asked once"
     with pytest.warns(UserWarning, match=r"taken for a causal LM, .*model\.safetensors\.index\.json cannot be read"):
-        assert not holds_mtp_for("somebody/model", target.config.to_dict(), target), "transformers then says what it lacks"
+        assert not _files_of_any_model("somebody/model"), "transformers then says what it lacks"
     # A checkpoint of one file has no index, and nothing in a cache says so.
     save_file(published("qwen2", target), tmp_path / "cached" / "model.safetensors")
     target.config.save_pretrained(tmp_path / "cached")

@@ -205,9 +205,14 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
     if head is not None:
         return head
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise DraftError(
             f"draft={name!r} is none of 'ngram', 'mtp' and None, and no causal LM that transformers can load: {error}"
         ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+        raise DraftError(
+            f"draft={name!r}: its config describes a {type(model).__name__}, but {len(missing)} of its weights are not in its "
+            f"files: {', '.join(missing[:4])}, …. It is no causal LM, no head of a known kind, or no whole copy."
+        )
     return model.to(target.get_input_embeddings().weight.device).eval()
