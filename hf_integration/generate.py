@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from spec_compile.hf_integration.caches import RESULT_CACHE
+from spec_compile.hf_integration.loop_methods import replaced_loop_method
 from spec_compile.hf_integration.own_attention import own_attention
+from spec_compile.hf_integration.processors import read_processors
 from spec_compile.hf_integration.rope import fixed_rope_length
 
 _KNOWN_KWARGS = {
@@ -34,6 +26,7 @@ _KNOWN_KWARGS = {
     "cache_position",
     "tokenizer",
 }
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 @dataclass
@@ -45,6 +38,7 @@ class GenerateCall:
         prompt_lens: tokens of each row that are not padding.
         max_length: padded length at which every row ends.
         min_length: padded length before which no row may end; 0 for none.
+        remove_invalid: logits that are not finite become finite before all else (``remove_invalid_values``).
         eos_ids: end-of-sequence ids; empty when no criterion ends a row by token.
         pad_id: what finished rows are filled with.
         exact_order: logits processors, scores or logits were asked for: every token must be produced for all rows
@@ -63,6 +57,7 @@ class GenerateCall:
     top_k: int
     top_p: float
     min_p: float
+    remove_invalid: bool
     exact_order: bool
     per_token: bool
     logits_processor: LogitsProcessorList
@@ -92,10 +87,14 @@ def why_plain(
     """
     if model.config.is_encoder_decoder:
         return "encoder-decoder models are not accelerated"
+    if generation_config.is_assistant:
+        return "the model is the assistant of another generate() call"
     if synced_gpus:
         return "synced_gpus=True is not accelerated"
     if (reason := own_attention(model)) is not None:
         return reason
+    if replaced := replaced_loop_method(model):
+        return f"generate() would have called {replaced}, which is not transformers' own, and the accelerated loop would not"
     if model.training:
         return "the model is in training mode; call model.eval()"
     if generation_config.output_attentions or generation_config.output_hidden_states:
@@ -116,13 +115,15 @@ def why_plain(
     caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]  # by type: their name has changed before
     if any(cache.get_seq_length() > 0 for cache in caches) or any(isinstance(v, Cache) for v in (given or {}).values()):
         return "a cache given by the caller is not accelerated"
-    if unknown := unknown_inputs(model_kwargs):
+    if unknown := [name for name in unknown_inputs(model_kwargs) if not _all_is_text(model, name, model_kwargs[name])]:
         return f"model inputs {unknown} are not accelerated"
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         if mask.dim() != 2 or mask.shape != input_ids.shape:
             return "attention masks other than [batch, prompt length] are not accelerated"
         ones = mask.bool().long()  # of any type, as transformers takes them
+        if not bool((mask == ones).all()):
+            return "attention_mask has other numbers than 0 and 1, and transformers counts positions by them"
         ordered = ones.cummax(1).values == ones  # zeros, then ones
         if not bool((ordered.all(1) & (ones[:, -1] == 1)).all()):
             return "attention_mask has gaps or right padding; only left padding is accelerated"
@@ -148,6 +149,14 @@ def added_inputs(model_kwargs: Mapping[str, object], given: Mapping[str, object]
 def _says_something(value: object) -> bool:
     """Whether a model input is more than its absence: not None, {} (no images) or a cache, which the pool stands in for."""
     return not (value is None or isinstance(value, Cache) or (isinstance(value, dict) and not value))
+
+
+def _all_is_text(model: PreTrainedModel, name: str, value: object) -> bool:
+    """Whether a model input only says, by zeros, that no token of the prompt stands for an image: what processors of
+    vision-language models add to every call. A text model's ``token_type_ids`` are another thing: GPT-2 adds their embeddings.
+    """
+    multimodal = name != "token_type_ids" or model.config.get_text_config(decoder=True) is not model.config
+    return name in _TOKEN_TYPES and multimodal and isinstance(value, Tensor) and not bool(value.any())
 
 
 def what_differs(generation_config: GenerationConfig) -> list[str]:
@@ -196,7 +205,7 @@ def read_call(
             eos_ids += criterion.eos_token_id.flatten().tolist()
         else:
             custom_criteria = True
-    warpers = _read_processors(logits_processor, generation_config.do_sample, set(eos_ids), padded)
+    warpers = read_processors(logits_processor, generation_config.do_sample, set(eos_ids), padded)
     wants_scores = generation_config.return_dict_in_generate and (
         generation_config.output_scores or generation_config.output_logits
     )
@@ -206,15 +215,16 @@ def read_call(
         input_ids=input_ids,
         prompt_lens=prompt_lens,
         # Criteria are asked behind each token, so one token always comes.
-        max_length=max(min(limits, default=generation_config.max_length), padded + 1),
+        max_length=max(_whole(min(limits, default=generation_config.max_length)), padded + 1),
         min_length=int(settings.get("min_length", 0)),
         eos_ids=sorted(set(eos_ids)),
         pad_id=None if pad is None else int(pad),
         do_sample=bool(generation_config.do_sample),
         temperature=float(settings.get("temperature", 1.0)),
-        top_k=int(settings.get("top_k", 0)),
+        top_k=min(int(settings.get("top_k", 0)), _ANY_TOP_K),
         top_p=float(settings.get("top_p", 1.0)),
         min_p=float(settings.get("min_p", 0.0)),
+        remove_invalid=bool(settings.get("remove_invalid", False)),
         exact_order=warpers is None or bool(wants_scores),
         per_token=custom_criteria or streamer is not None,
         logits_processor=logits_processor,
@@ -224,39 +234,9 @@ def read_call(
     )
 
 
-_WARPER_ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_ANY_TOP_K = 2**31 - 1  # larger than any vocabulary
 
 
-def _read_processors(
-    processors: LogitsProcessorList, do_sample: bool, eos_ids: set[int], padded: int
-) -> dict[str, float] | None:
-    """Settings of the processors that run inside the graph, or None when there is any other processor or order."""
-    settings: dict[str, float] = {}
-    last = -1
-    for processor in processors:
-        kind = type(processor)
-        if kind in (MinNewTokensLengthLogitsProcessor, MinLengthLogitsProcessor):
-            if set(processor.eos_token_id.flatten().tolist()) != eos_ids or last >= 0:
-                return None
-            if kind is MinLengthLogitsProcessor:
-                length = processor.min_length
-            else:
-                length = processor.prompt_length_to_skip + processor.min_new_tokens
-            settings["min_length"] = max(settings.get("min_length", 0), length)
-            continue
-        if kind not in _WARPER_ORDER or not do_sample or _WARPER_ORDER.index(kind) <= last:
-            return None
-        last = _WARPER_ORDER.index(kind)
-        if getattr(processor, "filter_value", -float("inf")) != -float("inf"):
-            return None
-        if getattr(processor, "min_tokens_to_keep", 1) != 1:
-            return None
-        if kind is TemperatureLogitsWarper:
-            settings["temperature"] = processor.temperature
-        elif kind is TopKLogitsWarper:
-            settings["top_k"] = processor.top_k
-        elif kind is TopPLogitsWarper:
-            settings["top_p"] = processor.top_p
-        else:
-            settings["min_p"] = processor.min_p
-    return settings
+def _whole(length: float | Tensor) -> int:
+    """A length of any type of number, as users compute them: a text reaches 15.5 tokens with the sixteenth."""
+    return math.ceil(float(length))

@@ -224,6 +224,18 @@ def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -
     return (scores > boundary) | (at_boundary & (at_boundary.cumsum(1) > split))
 
 
+def remove_invalid_values(logits: Tensor) -> Tensor:
+    """NaN becomes 0, infinities the largest finite numbers, as transformers' InfNanRemoveLogitsProcessor does in float32.
+
+    Args:
+        logits: any shape and float dtype.
+
+    Returns:
+        float32 of the same shape, all finite.
+    """
+    return torch.nan_to_num(logits.float(), nan=0.0)
+
+
 def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len: Tensor, depth: Tensor | None = None) -> Tensor:
     """Forbid the end of the text before ``min_len`` tokens, as transformers' MinNewTokensLengthLogitsProcessor does.
 

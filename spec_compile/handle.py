@@ -318,14 +318,16 @@ def _request(call: GenerateCall, engine: Engine) -> Request:
     batch, padded = call.input_ids.shape
     ids = call.input_ids.cpu()
     base = engine.config.seed
-    if base is None:
-        base = int(torch.randint(2**62, (1,), device="cpu"))  # torch.manual_seed keeps its meaning
+    if base is None:  # torch.manual_seed keeps its meaning; greedy calls draw nothing, so torch's generator stays where it is
+        random = call.do_sample or engine.config.simulates
+        base = int(torch.randint(2**62, (1,), device="cpu")) if random else 0
     plan = SamplingPlan(
         do_sample=call.do_sample,
         max_top_k=0 if call.top_k == 0 else 1 << (call.top_k - 1).bit_length(),
         use_top_p=call.top_p < 1.0,
         use_min_p=call.min_p > 0.0,
         use_min_len=call.min_length > 0,
+        remove_invalid=call.remove_invalid,
         block=call.do_sample and engine.config.verification == "block",
     )
     return Request(

@@ -275,7 +275,7 @@ def test_autocast_runs_plain_and_leaves_no_trace() -> None:
 def test_caches_that_save_memory_are_not_replaced(pair, name: str, accelerated: bool) -> None:
     """Who asks for a smaller cache must not get a full one; the other kinds differ in speed only."""
     config = GenerationConfig(cache_implementation=name, max_length=20)
-    reason = why_plain(pair[0], left_padded(1, PROMPT)["input_ids"], config, False, {})
+    reason = why_plain(pair[0], left_padded(1, PROMPT)["input_ids"], config, False, {}, None)
     assert reason is None if accelerated else f"cache_implementation={name!r}" in reason
 
 

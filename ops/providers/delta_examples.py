@@ -26,14 +26,17 @@ def example_arguments(
     batch, tokens = node.batch or 1, node.num_tokens or num_tokens or 16
     hk, hv, d, dv = node.num_k_heads, node.num_v_heads, node.head_dim, node.v_head_dim
     lead = (tokens,) if node.op == "gdn_prefill" else (batch, tokens)
-    make = torch.randn if live else torch.zeros
+    generator = torch.Generator(device).manual_seed(0)  # the caller's own random numbers stay what they were
     slots = batch + 1 if live else 1
 
-    mixed = make(*lead, 2 * hk * d + hv * dv, device=device).to(node.dtype)
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator) if live else torch.zeros(*shape, device=device)
+
+    mixed = make(*lead, 2 * hk * d + hv * dv).to(node.dtype)
     q, k, v = mixed.split([hk * d, hk * d, hv * dv], -1)
-    gates = [make(*lead, hv, device=device).to(node.dtype) for _ in range(2)]
-    weights = [make(hv, device=device).to(node.weight_dtype or node.dtype) for _ in range(2)]
-    state = make(slots, hv, dv, d, device=device).to(node.state_dtype)
+    gates = [make(*lead, hv).to(node.dtype) for _ in range(2)]
+    weights = [make(hv).to(node.weight_dtype or node.dtype) for _ in range(2)]
+    state = make(slots, hv, dv, d).to(node.state_dtype)
     rows = torch.arange(1, batch + 1, device=device) if live else torch.zeros(batch, device=device)
     new = q.unflatten(-1, (hk, d)), k.unflatten(-1, (hk, d)), v.unflatten(-1, (hv, dv)), *gates, *weights, state
     if node.op == "gdn_prefill":

@@ -30,9 +30,12 @@ def example_arguments(
     columns = -(-((context or 0) + tokens) // node.page_size) + 1
     pages = 1 if context is None else batch * columns + 1
 
+    generator = torch.Generator(device).manual_seed(0)  # the caller's own random numbers stay what they were
+
     def values(*shape: int) -> Tensor:
-        make = torch.zeros if context is None else torch.randn
-        return make(*shape, device=device).to(node.dtype)
+        if context is None:
+            return torch.zeros(*shape, dtype=node.dtype, device=device)
+        return torch.randn(*shape, device=device, generator=generator).to(node.dtype)
 
     def cache(*shape: int) -> Tensor:
         page = values(1, node.page_size, *shape).to(node.kv_dtype)
@@ -41,7 +44,7 @@ def example_arguments(
     if context is None:
         table = torch.zeros(batch, columns, dtype=torch.int32, device=device)
     else:
-        table = 1 + torch.randperm(batch * columns, device=device).to(torch.int32).view(batch, columns)
+        table = 1 + torch.randperm(batch * columns, device=device, generator=generator).to(torch.int32).view(batch, columns)
     rows: tuple[Tensor | None, ...]
     if packed:
         rows = (table, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.ops.accept_block import round_seed
-from spec_compile.ops.sampling import suppress_tokens, warp_logits
+from spec_compile.ops.sampling import remove_invalid_values, suppress_tokens, warp_logits
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class SamplingPlan:
         max_top_k: 0 for no top-k, else a bound of every row's ``top_k``.
         use_top_p, use_min_p: whether any row filters so.
         use_min_len: whether end-of-sequence is forbidden for a while (``min_new_tokens``).
+        remove_invalid: whether logits that are not finite become finite first.
         block: whether drafts that were drawn from a law are judged as a block.
     """
 
@@ -29,6 +30,7 @@ class SamplingPlan:
     use_top_p: bool = False
     use_min_p: bool = False
     use_min_len: bool = False
+    remove_invalid: bool = False
     block: bool = False
 
     def draft_seed(self, state: DecodeState) -> Tensor:
@@ -38,7 +40,7 @@ class SamplingPlan:
     @property
     def ids_only(self) -> bool:
         """Whether the target's token ids suffice and its logits need never leave the graph."""
-        return not self.do_sample and not self.use_min_len
+        return not (self.do_sample or self.use_min_len or self.remove_invalid)
 
     def probabilities(self, logits: Tensor, state: DecodeState) -> Tensor:
         """The law of the next token: logits [B, N, V] -> float32 [B, N, V]."""
@@ -61,7 +63,10 @@ class SamplingPlan:
         return probs.unflatten(0, (batch, num_tokens))
 
     def restrict(self, logits: Tensor, state: DecodeState, depth: Tensor | None = None) -> Tensor:
-        """Logits [B, N, V] with end-of-sequence ids forbidden where the text is still too short; ``depth`` [B, N] of a tree."""
+        """Logits [B, N, V], made finite where that is asked for, with end-of-sequence ids forbidden where the text is still
+        too short; ``depth`` [B, N] of a tree."""
+        if self.remove_invalid:
+            logits = remove_invalid_values(logits)
         if not self.use_min_len:
             return logits
         return suppress_tokens(logits, state.eos_ids, state.cache_len, state.min_len, depth)

@@ -7,6 +7,8 @@ criterion cuts off was computed for nothing, never shown.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -55,7 +57,7 @@ class Transcript:
         length = self.prompt_len + max(self.counts)
         for criterion in self.call.stopping_criteria:
             if type(criterion) is MaxLengthCriteria:  # it says nothing at its own end
-                criterion(self.text.new_empty(1, max(min(length, criterion.max_length - 1), 0)), None)
+                criterion(self.text.new_empty(1, max(min(length, math.ceil(criterion.max_length) - 1), 0)), None)
 
     def _column_ready(self) -> bool:
         live = [len(row) for row, done in zip(self.rows, self.finished, strict=True) if not done]
@@ -67,13 +69,14 @@ class Transcript:
         return self.rows[row][self.shown]
 
     def append(self, column: Tensor, scores: tuple | None) -> bool:
-        """Show one token of every row (int64 [B]) to streamer and criteria, as transformers' loop does; True at the end."""
+        """Show one token of every row (int64 [B]) to criteria and then to the streamer, as transformers' loop does; True at the
+        end."""
         self.text = torch.cat([self.text, column[:, None]], 1)
         self.shown += 1
         self.counts = [n + (not (end and self.call.has_eos)) for n, end in zip(self.counts, self.ended, strict=True)]
+        self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
         if self.call.streamer is not None:
             self.call.streamer.put(column.cpu())
-        self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
         self.ended = [not live for live in self.unfinished.tolist()]
         return all(self.ended)
 
