@@ -167,6 +167,9 @@ def accept_sampled_cuda(window_ids, draft_probs, target_probs, seed, position) -
 # ----------------------------------------------------------------------------------------------------------------------
 # commit_tokens
 
+# How a row leaves a round.
+GOING_ON, FINISHED, NO_LAW = 0, 1, 2
+
 
 @torch.library.custom_op("spec_compile::commit_tokens", mutates_args=("tokens", "cache_len", "finished"))
 def commit_tokens(
@@ -177,8 +180,11 @@ def commit_tokens(
     accept_length: Tensor,
     end_len: Tensor,
     eos_ids: Tensor,
-) -> Tensor:
-    """Append a round's tokens to the history and advance: cut behind the first end-of-sequence and at the length limit.
+    law: Tensor | None = None,
+    path: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Append a round's tokens to the history and advance: cut behind the first end-of-sequence and at the length limit, and
+    before a token that was drawn from no law.
 
     Before the call ``tokens[b, : cache_len[b] + 1]`` is known (the root included), after it again. A finished row does
     not move, so one round too many changes nothing.
@@ -186,14 +192,18 @@ def commit_tokens(
     Args:
         tokens: int64 [B, C], written.
         cache_len: int32 [B], written: advanced by the result.
-        finished: bool [B], written: set on an end-of-sequence token and when the row has ``end_len`` tokens.
+        finished: bool [B], written: set on an end-of-sequence token, when the row has ``end_len`` tokens, and without a law.
         emitted: int64 [B, N].
         accept_length: int32 [B], how many of ``emitted`` count.
         end_len: int32 [B], most tokens a row may have; C if that is less.
         eos_ids: int64 [E]; -1 matches nothing.
+        law: float [B, M], any one of the probabilities that the target gave at each slot of the window (a view will do): where
+            its logits are no numbers, or too large, all are NaN. None where tokens are not drawn.
+        path: int32 [B, N], the window's slot behind which each token was drawn, -1 for nothing; None when they count up.
 
     Returns:
-        int32 [B], the number of tokens appended: 0..N.
+        int32 [B], the number of tokens appended: 0..N; int32 [B], GOING_ON, FINISHED, or NO_LAW in the round in which a row
+        had nothing to draw its next token from. (Plain ``generate()`` raises then. A round cannot, and the host need not wait.)
     """
     capacity, num_tokens = tokens.shape[1], emitted.shape[1]
     slot = torch.arange(num_tokens, device=tokens.device)  # [N]
@@ -203,7 +213,13 @@ def commit_tokens(
     is_eos = (emitted[:, :, None] == eos_ids).any(2) & (emitted >= 0)  # [B, N]
     past_eos = is_eos.cumsum(1) - is_eos.long() > 0
     count = torch.minimum(count, (~past_eos).sum(1)).masked_fill(finished, 0)
+    lawless = torch.zeros_like(finished)
+    if law is not None:
+        behind = law[:, :num_tokens] if path is None else law.gather(1, path.clamp(min=0).long())  # [B, N]
+        lawful = _leading(behind.isfinite())
+        lawless, count = lawful < count, torch.minimum(count, lawful)
     ended = (is_eos & (slot < count[:, None])).any(1) | (length + count >= limit)
+    status = torch.where(lawless, NO_LAW, torch.where(finished | ended, FINISHED, GOING_ON)).to(torch.int32)
 
     # Slots behind the count repeat the last write, and a row without any rewrites its root: no index is out of range
     # and no two writes to one place differ.
@@ -213,17 +229,23 @@ def commit_tokens(
     tokens.scatter_(1, target, value)
     count = count.to(torch.int32)
     cache_len.add_(count)
-    finished.logical_or_(ended)
-    return count
+    finished.logical_or_(status > GOING_ON)
+    return count, status
 
 
 @commit_tokens.register_fake
-def commit_tokens_fake(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
-    return accept_length.new_empty(accept_length.shape, dtype=torch.int32)
+def commit_tokens_fake(
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law=None, path=None
+) -> tuple[Tensor, Tensor]:
+    count = accept_length.new_empty(accept_length.shape, dtype=torch.int32)
+    return count, torch.empty_like(count)
 
 
 @commit_tokens.register_kernel("cuda")
-def commit_tokens_cuda(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
+def commit_tokens_cuda(
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law=None, path=None
+) -> tuple[Tensor, Tensor]:
     from spec_compile.ops.kernels import round_ops
 
-    return round_ops.commit_tokens(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids)
+    row_ends = end_len, eos_ids, law, path
+    return round_ops.commit_tokens(tokens, cache_len, finished, emitted, accept_length, *row_ends, NO_LAW)

@@ -64,6 +64,7 @@ def block_acceptance(draft_probs: Tensor, target_probs: Tensor, reach: Tensor) -
     """
     left = (reach[:, :-1, None] * target_probs[:, :-1] - draft_probs).clamp(min=0.0)  # [B, K, V]
     mass = left.sum(2)  # [B, K]
+    mass = torch.where(mass.isnan(), reach[:, :-1], mass)  # p is no law: the block ends here as behind its last draft
     accept = mass / (mass + (1.0 - reach[:, :-1]))
     return torch.cat([accept[:, 1:], reach[:, -1:]], 1), torch.cat([left, target_probs[:, -1:]], 1)
 

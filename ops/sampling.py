@@ -172,11 +172,12 @@ def warp_logits(
             a boundary that 1 - top_p hits to 1e-7.
 
     Returns:
-        float32 [R, V] probabilities, exactly 0 outside the support.
+        float32 [R, V] probabilities, exactly 0 outside the support. Where logits are NaN or infinite, or the temperature makes
+        them so, all of a row is NaN, as in transformers.
     """
     scores = logits.float() / temperature[:, None]
     if max_top_k > 0 and use_top_p and every_row_top_k:
-        scores = scores.masked_fill(~_top_k_top_p(scores, top_k, top_p, max_top_k), float("-inf"))
+        scores = scores.masked_fill(_top_k_top_p(scores, top_k, top_p, max_top_k), float("-inf"))
     elif max_top_k > 0:
         width = min(max_top_k, scores.shape[-1])
         best = scores.topk(width, dim=-1).values  # [R, width], descending
@@ -199,10 +200,11 @@ def warp_logits(
 
 
 def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -> Tensor:
-    """Which tokens top-k and then top-p keep, bool [R, V], from a list of the ``max_top_k`` best instead of a sort.
+    """Which tokens top-k and then top-p remove, bool [R, V], from a list of the ``max_top_k`` best instead of a sort.
 
     Low-precision logits tie often, so ties are counted: top-k keeps all ties of the k-th value, listed or not, and of a
     group that top-p splits as many go as with a sort, lower ids first. (Which of them a sort removes is its own affair.)
+    NaN goes nowhere, as in transformers' warpers: a law that is none must not become one.
     """
     width = min(max_top_k, scores.shape[-1])
     best = scores.topk(width, dim=-1).values  # [R, W], descending
@@ -221,7 +223,7 @@ def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -
     ties_removed = torch.where(tie_weight > 0, budget / tie_weight, 0.0).clamp(max=unlisted.float()).long()
     split = (removed & (best == boundary)).sum(1, keepdim=True) + torch.where(boundary == kth, ties_removed, 0)
     at_boundary = scores == boundary
-    return (scores > boundary) | (at_boundary & (at_boundary.cumsum(1) > split))
+    return (scores < boundary) | (at_boundary & (at_boundary.cumsum(1) <= split))
 
 
 def remove_invalid_values(logits: Tensor) -> Tensor:

@@ -30,5 +30,9 @@ class RanPlainError(SpecCompileError):
     """A ``generate()`` call that was to be accelerated ran as plain transformers. Says why."""
 
 
+class SamplingError(SpecCompileError, RuntimeError):
+    """The model's own distribution is not finite: there is nothing to sample from (plain transformers: a RuntimeError)."""
+
+
 class MissingDependencyError(SpecCompileError, ImportError):
     """An optional dependency is absent. The message carries the install command."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from spec_compile.draft_tree import DraftTree, read_tree
-from spec_compile.errors import SpecCompileError
+from spec_compile.errors import SamplingError, SpecCompileError
 from spec_compile.explain import explain
 from spec_compile.hf_integration.binding import bind_generate
 from spec_compile.hf_integration.generate import GenerateCall, added_inputs, read_call, what_differs, why_plain
@@ -248,7 +248,8 @@ class SpecHandle:
                 if new and number > 0:
                     lengths[row].append(len(new))
                     drafted[row].append(result.drafted)
-            if transcript.extend(result.tokens, result.finished):
+            dead_ends = {row: _no_law(row, transcript) for row in result.no_law}
+            if transcript.extend(result.tokens, result.finished, dead_ends):
                 break
         for row, count in enumerate(transcript.counts):
             _cut(lengths[row], drafted[row], len(transcript.rows[row]) - count)
@@ -302,6 +303,17 @@ class _Switch:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._handle._enabled = self._before
+
+
+def _no_law(row: int, transcript: Transcript) -> SamplingError:
+    """What is said of a row whose next token has no law."""
+    temperature = transcript.call.temperature
+    return SamplingError(
+        f"row {row} cannot be sampled any further: the probabilities of its next token are not finite, because the model's "
+        f"logits are NaN or infinite, or become so when they are divided by temperature={temperature:g}. Plain generate() "
+        "raises here too. Look for NaN in the weights and for overflow in the model's dtype, or raise the temperature; "
+        "remove_invalid_values=True samples regardless. What was generated until here is in model.spec.partial_sequences()."
+    )
 
 
 def _cut(lengths: list[int], drafted: list[int], surplus: int) -> None:

@@ -186,6 +186,19 @@ def test_noise_of_the_position_would_be_wrong():
     assert distance_after_rounds(40000, lambda seed, position: seed) > 0.05
 
 
+def test_a_target_without_a_law_leaves_the_tokens_before_it_alone():
+    """Behind the first token nothing can be drawn: the row will stop there, and that token still follows the target's law."""
+    count = 20000
+    target, draft = torch.tensor([[0.6, 0.3, 0.1]] * 3), torch.tensor([[0.2, 0.2, 0.6]] * 2)
+    target[1] = float("nan")
+    seed, position = seeds(count), int32([0] * count)
+    drafts = [sample_token(draft[:1].expand(count, -1), seed, position + 1 + i, DRAFT_STREAM) for i in range(2)]
+    window = torch.stack([torch.zeros_like(drafts[0]), *drafts], 1)
+    emitted, length = accept_block(window, draft.expand(count, -1, -1), target.expand(count, -1, -1), seed, position)
+    first = torch.bincount(emitted[:, 0], minlength=3) / count
+    assert total_variation(first, target[0]) < 0.02 and length.max() == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Branches
 

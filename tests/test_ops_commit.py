@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from spec_compile.ops.accept import commit_tokens
+from spec_compile.ops.accept import FINISHED, GOING_ON, NO_LAW, commit_tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -41,9 +41,9 @@ def test_commit_against_a_loop():
     eos_ids = torch.tensor([3, -1, 7])
     before = tokens.clone(), cache_len.clone(), finished.clone()
 
-    appended = commit_tokens(tokens, cache_len, finished, emitted, count, end_len, eos_ids)
+    appended, status = commit_tokens(tokens, cache_len, finished, emitted, count, end_len, eos_ids)
 
-    assert appended.dtype == torch.int32
+    assert appended.dtype == status.dtype == torch.int32
     cuts = set()
     for b in range(batch):
         known = int(before[1][b]) + 1
@@ -57,6 +57,7 @@ def test_commit_against_a_loop():
             {3, 7},
         )
         assert int(appended[b]) == length and bool(finished[b]) == ended
+        assert int(status[b]) == (FINISHED if ended else GOING_ON)
         assert int(cache_len[b]) == len(text) - 1
         assert tokens[b, : len(text)].tolist() == text
         assert tokens[b, len(text) :].equal(before[0][b, len(text) :])
@@ -66,7 +67,7 @@ def test_commit_against_a_loop():
 
 def commit_one(tokens, cache_len, emitted, count, end_len, eos, finished=False):
     tokens, cache_len, finished = torch.tensor([tokens]), int32([cache_len]), torch.tensor([finished])
-    appended = commit_tokens(
+    appended, _ = commit_tokens(
         tokens, cache_len, finished, torch.tensor([emitted]), int32([count]), int32([end_len]), torch.tensor(eos)
     )
     return tokens[0].tolist(), int(cache_len), bool(finished), int(appended)
@@ -105,6 +106,28 @@ def test_a_finished_row_is_frozen():
 def test_padding_ids_match_no_token():
     """A draft may mark what it does not know with -1; that is no end of the text."""
     assert commit_one([1, 0, 0], 0, [-1, 6], 2, 3, [-1, -1])[3] == 2
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_row_stops_before_a_token_without_a_law(tree):
+    """Unless it ended before, by a token or its length, or the place lies behind what counts."""
+    law = torch.rand(7, 5)
+    law[:, 1], law[1, 0] = float("nan"), float("nan")
+    path = None
+    if tree:  # slot j of the path lies elsewhere in the window
+        path = int32([[0, 3, 1]] * 7)
+        law = law[:, [0, 2, 4, 1, 3]]
+    tokens, emitted = torch.zeros(7, 8, dtype=torch.int64), torch.tensor([[5, 7, 6]] * 7)
+    emitted[2, 0] = 9
+    finished = torch.tensor([False] * 6 + [True])
+    cache_len, length, end_len = int32([0] * 7), int32([3, 3, 3, 1, 3, 2, 3]), int32([8, 8, 8, 8, 2, 8, 8])
+    args = tokens, cache_len, finished, emitted, length, end_len, torch.tensor([9, -1]), law, path
+    opcheck(commit_tokens, [x.clone() if isinstance(x, torch.Tensor) else x for x in args])
+    count, status = commit_tokens(*args)
+    assert count.tolist() == [1, 0, 1, 1, 1, 1, 0] == cache_len.tolist()
+    assert status.tolist() == [NO_LAW, NO_LAW, FINISHED, GOING_ON, FINISHED, NO_LAW, FINISHED]
+    assert finished.tolist() == [True, True, True, False, True, True, True]
+    assert tokens[:, :2].tolist() == [[0, 5], [0, 0], [0, 9], [0, 5], [0, 5], [0, 5], [0, 0]] and not tokens[:, 2:].any()
 
 
 def test_opcheck():

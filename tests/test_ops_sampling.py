@@ -334,6 +334,21 @@ def test_suppress_tokens_against_transformers():
     assert 0 < changed < 4 * num_tokens
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_top_k": 8}, {"use_top_p": True}, {"max_top_k": 8, "use_top_p": True},
+                                      {"use_min_p": True}], ids=str)  # fmt: skip
+def test_a_law_that_is_none_stays_none(settings):
+    """No warper may make numbers of NaN: transformers' do not, and its sampling raises."""
+    logits = torch.randn(6, 40)
+    logits[1, 3], logits[2, 3], logits[3], logits[4, 5:30] = float("nan"), float("inf"), float("-inf"), float("nan")
+    temperature, off = torch.ones(6), dict.fromkeys(("use_top_p", "use_min_p"), False)
+    temperature[5] = 1e-42
+    top_k, top_p, min_p = torch.full((6,), 5), torch.full((6,), 0.9), torch.full((6,), 0.1)
+    for every_row in (False, True):
+        static = {"max_top_k": 0, **off, **settings, "every_row_top_k": every_row}
+        probs = warp_logits(logits, temperature, top_k, top_p, min_p, **static)
+        assert probs[0].isfinite().all() and probs[1:].isnan().all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Registration and tracing
 

@@ -120,7 +120,7 @@ def test_kernels_of_drafts_without_a_law_match_their_ops(interpreter: None) -> N
     file = Path(__file__).parent / "gpu" / "test_round_ops.py"
     result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', 'of_no_law', '-rA']))")
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("PASSED") == 2 and "SKIPPED" not in result.stdout, result.stdout
+    assert result.stdout.count("PASSED") == 4 and "SKIPPED" not in result.stdout, result.stdout
 
 
 GDN_CASES = (

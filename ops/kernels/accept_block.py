@@ -91,6 +91,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
         every = slot[:, None] * S + tl.arange(0, BLOCK_S)[None, :]
         used = (slot < N)[:, None] & (tl.arange(0, BLOCK_S) < S)[None, :]
         mass = tl.sum(tl.load(mass_ptr + every, mask=used, other=0.0, cache_modifier=".cg"), 1)  # [BLOCK_N]
+        mass = tl.where(mass == mass, mass, reach)  # p is no law: the block ends here as behind its last draft
         accept = tl.where(slot == N - 1, reach, tl.div_rn(mass, mass + (1.0 - reach)))
         chance = _uniform(seed, first + slot - 1, ACCEPT)  # slot j stands for the first j drafts
         kept = (slot > 0) & (slot < N) & (chance < accept)  # NaN compares false

@@ -171,8 +171,10 @@ def _emit_kernel(window_ptr, length_ptr, score_ptr, winner_ptr, emitted_ptr, N, 
 
 
 @triton.jit
-def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, length_ptr, end_ptr, eos_ptr, count_ptr,
-                          N, C, E, stride_tokens, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, length_ptr, end_ptr, eos_ptr, law_ptr,
+                          path_ptr, count_ptr, status_ptr, N, C, E, stride_tokens, law_stride_b, law_stride_n,
+                          NO_LAW: tl.constexpr, HAS_LAW: tl.constexpr, HAS_PATH: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_E: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cache_len = tl.load(cache_len_ptr + row)
     finished = tl.load(finished_ptr + row) != 0
@@ -185,10 +187,21 @@ def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, 
     first_eos = tl.min(tl.where(is_eos != 0, slot, N), 0)
     count = tl.minimum(tl.minimum(tl.load(length_ptr + row), limit - known), tl.minimum(N, first_eos + 1))
     count = tl.where(finished, 0, tl.maximum(count, 0))
+    lawful = N
+    if HAS_LAW:
+        behind = slot
+        if HAS_PATH:
+            behind = tl.maximum(tl.load(path_ptr + row * N + slot, mask=slot < N, other=0), 0)
+        law = tl.load(law_ptr + row * law_stride_b + behind.to(tl.int64) * law_stride_n, mask=slot < count, other=0.0)
+        lawful = tl.min(tl.where(_is_finite(law), N, slot), 0)
+    status = tl.where(lawful < count, NO_LAW, 0)
+    count = tl.minimum(count, lawful)
+    status = tl.where(finished | (first_eos < count) | (known + count >= limit), 1, status)
     tl.store(tokens_ptr + row * stride_tokens + known + slot, emitted, mask=slot < count)
     tl.store(cache_len_ptr + row, cache_len + count)
-    tl.store(finished_ptr + row, (finished | (first_eos < count) | (known + count >= limit)).to(tl.uint8))
+    tl.store(finished_ptr + row, tl.minimum(status, 1).to(tl.uint8))
     tl.store(count_ptr + row, count)
+    tl.store(status_ptr + row, status)
 
 
 @triton.jit
@@ -331,17 +344,23 @@ def accept_sampled(window_ids, draft_probs, target_probs, seed, position, accept
     return _race(window_ids.contiguous(), draft_probs, target_probs, seed, position, 1, accept_stream, stream)
 
 
-def commit_tokens(tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids) -> Tensor:
+def commit_tokens(
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law, path, no_law
+) -> tuple[Tensor, Tensor]:
     batch, num_tokens = emitted.shape
     count = torch.empty(batch, dtype=torch.int32, device=tokens.device)
+    status = torch.empty_like(count)
+    has_law, has_path = law is not None, path is not None
+    law = law if has_law else emitted  # never read, like ``count`` for the path
     with torch.cuda.device_of(tokens):
         _commit_tokens_kernel[(batch,)](
             tokens, cache_len, finished.view(torch.uint8), emitted.contiguous(), accept_length.contiguous(),
-            end_len.contiguous(), eos_ids.contiguous(), count, num_tokens, tokens.shape[1], eos_ids.shape[0],
-            tokens.stride(0), BLOCK_N=triton.next_power_of_2(num_tokens),
+            end_len.contiguous(), eos_ids.contiguous(), law, path.contiguous() if has_path else count, count, status,
+            num_tokens, tokens.shape[1], eos_ids.shape[0], tokens.stride(0), *law.stride(), NO_LAW=no_law, HAS_LAW=has_law,
+            HAS_PATH=has_path, BLOCK_N=triton.next_power_of_2(num_tokens),
             BLOCK_E=triton.next_power_of_2(max(eos_ids.shape[0], 1)), num_warps=1,
         )  # fmt: skip
-    return count
+    return count, status
 
 
 def ngram_propose(tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: int, max_ngram: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
+from spec_compile.ops.accept import GOING_ON, NO_LAW
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.state import DecodeState
 
@@ -24,12 +25,14 @@ class RoundResult:
         finished: per row, whether it is finished now.
         drafted: tokens that had been drafted; 0 for prefill and plain rounds.
         promise: the look-ahead of each row, for the policy.
+        no_law: rows that stopped in this round, because the target's law of their next token is not finite.
     """
 
     tokens: list[list[int]]
     finished: list[bool]
     drafted: int
     promise: list[int]
+    no_law: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -79,7 +82,8 @@ def _read(out: Tensor, batch: int, drafted: int) -> RoundResult:
     table = out[:batch].tolist()
     return RoundResult(
         tokens=[row[: row[-3]] for row in table],
-        finished=[bool(row[-2]) for row in table],
+        finished=[row[-2] != GOING_ON for row in table],
+        no_law=[i for i, row in enumerate(table) if row[-2] == NO_LAW],
         drafted=drafted,
         promise=[row[-1] for row in table],
     )

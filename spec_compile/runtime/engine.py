@@ -23,7 +23,7 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.policy import DraftPolicy
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.progress import Progress
-from spec_compile.runtime.round import RoundRecord, commit, run_round
+from spec_compile.runtime.round import Accepted, RoundRecord, commit, run_round
 from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
 
 log = logging.getLogger("spec_compile")
@@ -314,9 +314,13 @@ class Engine:
         live = state.rows(batch)
         result, states = self.fill_caches(live, request, argmax=plan.ids_only)
         emitted = state.tokens.new_zeros(state.tokens.shape[0], 1)
-        emitted[:batch, 0] = self.first_tokens(result, live, plan)
-        ones, start = torch.ones_like(state.cache_len), state.cache_len.clone()
-        commit(self.draft, state, emitted, ones, start, self.window_states(states, state))
+        emitted[:batch, 0], first_law = self.first_tokens(result, live, plan)
+        law = None
+        if first_law is not None:
+            law = first_law.new_zeros(emitted.shape)
+            law[:batch, 0] = first_law
+        accepted = Accepted(emitted, torch.ones_like(state.cache_len), None, law)
+        commit(self.draft, state, accepted, state.cache_len.clone(), self.window_states(states, state))
 
     def fill_caches(self, live: DecodeState, request: Request, *, argmax: bool) -> tuple[Tensor, Tensor | None]:
         """Run the prompts through the target and the draft; the target's results for the last tokens, see ``prefill``."""
@@ -363,12 +367,13 @@ class Engine:
             runner.release()
 
     @staticmethod
-    def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> Tensor:
-        """The tokens behind the prompts, int64 [B], from prefill's ids [B] or logits [B, V]."""
+    def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
+        """The tokens behind the prompts, int64 [B], from prefill's ids [B] or logits [B, V]; their law, see ``Accepted``."""
         if plan.ids_only:
-            return result
+            return result, None
         logits = plan.restrict(result[:, None], state)  # [B, 1, V]
         if not plan.do_sample:
-            return logits[:, 0].argmax(-1)
+            return logits[:, 0].argmax(-1), None
         probs = plan.probabilities(logits, state)[:, 0]
-        return torch.ops.spec_compile.sample_token(probs, state.seed, state.cache_len + 1, TARGET_STREAM)
+        ids = torch.ops.spec_compile.sample_token(probs, state.seed, state.cache_len + 1, TARGET_STREAM)
+        return ids, probs[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 __all__ = [
+    "Accepted",
     "accept_block_ops",
     "accept_ops",
     "accept_tree_ops",
@@ -40,11 +42,13 @@ class Accepted:
         emitted: int64 [B, E], of which the first ``accept_length`` count.
         accept_length: int32 [B], 1..E.
         path: int32 [B, E], window index of each kept token, -1 behind; None for a chain, where it counts up.
+        law: float32 [B, N], a probability of each slot's, NaN where there is no law to draw from; None for greedy rounds.
     """
 
     emitted: Tensor
     accept_length: Tensor
     path: Tensor | None
+    law: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,17 @@ def run_round(
     accepted = _accept(proposal, result, state, plan, shape)
     if simulated_rates is not None and shape.num_steps > 0:
         ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
-        accepted = _simulate(simulated_rates, window, tree, ids, state, shape)
+        accepted = dataclasses.replace(_simulate(simulated_rates, window, tree, ids, state, shape), law=accepted.law)
     if accepted.path is not None:
         for page_table, caches in target.pool.by_table(state.page_table):
             torch.ops.spec_compile.kv_commit(caches, page_table, state.cache_len, accepted.path)
         if states is not None:  # like the cache: what belongs to the path comes to the front
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
-    count = commit(draft, state, accepted.emitted, accepted.accept_length, inputs.lens[0], states)
+    count = commit(draft, state, accepted, inputs.lens[0], states)
     if target.states is not None:
         target.states.commit(state.state_slot, accepted.path, count)
-    return RoundRecord(window, tree, accepted)
+    return RoundRecord(window, tree, dataclasses.replace(accepted, law=None))  # whose memory is all the probabilities'
 
 
 def round_inputs(state: DecodeState, shape: RoundShape) -> RoundInputs:
@@ -136,11 +140,11 @@ def _accept(proposal: Proposal, result: Tensor, state: DecodeState, plan: Sampli
             emitted, path, length = ops.accept_tree_sampled(
                 window, tree.parents, probs, state.seed, state.cache_len, shape.num_steps + 1
             )
-            return Accepted(emitted, length, path)
+            return Accepted(emitted, length, path, probs[..., 0])
         judge = ops.accept_block if plan.block and proposal.probs is not None else ops.accept_sampled
         seed = state.seed if proposal.probs is None else plan.draft_seed(state)
         emitted, length = judge(window, proposal.probs, probs, seed, state.cache_len)
-        return Accepted(emitted, length, None)
+        return Accepted(emitted, length, None, probs[..., 0])
     ids = result if plan.ids_only else plan.restrict(result, state, depth).argmax(-1)
     if tree is not None:
         emitted, path, length = ops.accept_tree_greedy(window, tree.parents, ids, shape.num_steps + 1)
@@ -157,9 +161,7 @@ def _simulate(rates: Tensor, window: Tensor, tree: Tree | None, ids: Tensor, sta
     return Accepted(emitted, length, None if tree is None else path)
 
 
-def commit(
-    draft: Draft | None, state: DecodeState, emitted: Tensor, accept_length: Tensor, start: Tensor, states: Tensor | None
-) -> Tensor:
+def commit(draft: Draft | None, state: DecodeState, accepted: Accepted, start: Tensor, states: Tensor | None) -> Tensor:
     """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``.
 
     Args:
@@ -169,13 +171,21 @@ def commit(
     Returns:
         int32 [B], how many tokens were appended.
     """
-    count = torch.ops.spec_compile.commit_tokens(
-        state.tokens, state.cache_len, state.finished, emitted, accept_length, state.end_len, state.eos_ids
+    count, status = torch.ops.spec_compile.commit_tokens(
+        state.tokens,
+        state.cache_len,
+        state.finished,
+        accepted.emitted,
+        accepted.accept_length,
+        state.end_len,
+        state.eos_ids,
+        accepted.law,
+        accepted.path,
     )
     promise = draft.look_ahead(state, Verified(start, count, states)) if draft is not None else None
-    state.out[:, : emitted.shape[1]].copy_(emitted)
+    state.out[:, : accepted.emitted.shape[1]].copy_(accepted.emitted)
     state.out[:, -3].copy_(count)
-    state.out[:, -2].copy_(state.finished)
+    state.out[:, -2].copy_(status)
     if promise is not None:
         state.out[:, -1].copy_(promise)
     return count

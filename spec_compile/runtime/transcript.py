@@ -30,26 +30,45 @@ class Transcript:
         self.rows: list[list[int]] = [[] for _ in range(batch)]
         self.counts = [0] * batch
         self.finished = [False] * batch  # by end-of-sequence or length, as the device reports it
+        self.dead_ends: dict[int, Exception] = {}  # rows that cannot go on, and what plain generate() would raise there
         self.shown = 0  # columns replayed
         self.text = call.input_ids  # [B, P + shown]
         self.unfinished = torch.ones(batch, dtype=torch.long, device=call.input_ids.device)
         self.ended = [False] * batch  # the same on the host
 
-    def extend(self, tokens: list[list[int]], finished: list[bool]) -> bool:
-        """Add a round's tokens, row by row; True when the call is complete."""
+    def extend(self, tokens: list[list[int]], finished: list[bool], dead_ends: dict[int, Exception] | None = None) -> bool:
+        """Add a round's tokens, row by row; True when the call is complete.
+
+        Args:
+            dead_ends: rows whose next token cannot be made, and why. The reason is raised when plain ``generate()`` would come
+                to that token: rows that lag behind get as far first, and a criterion may end the call before.
+        """
         for row, new in zip(self.rows, tokens, strict=True):
             row += new
-        self.finished = finished
+        self.dead_ends |= dead_ends or {}
+        self.finished = [done and row not in self.dead_ends for row, done in enumerate(finished)]
+        complete = self._show()
+        if self.dead_ends and not complete:
+            self._raise_dead_end()
+        return complete
+
+    def _show(self) -> bool:
+        """Replay the columns that are complete; True when the call is."""
         if not self.call.per_token:
             self.counts = [len(row) for row in self.rows]
-            if all(finished):
+            if all(self.finished):
                 self._ask_length()
-            return all(finished)
+            return all(self.finished)
         while self._column_ready():
             column = torch.tensor([self._token(i) for i in range(len(self.rows))], device=self.text.device)
             if self.append(column, None):
                 return True
         return False
+
+    def _raise_dead_end(self) -> None:
+        first = min(self.dead_ends, key=lambda row: len(self.rows[row]))
+        if all(done or len(row) >= len(self.rows[first]) for row, done in zip(self.rows, self.finished, strict=True)):
+            raise self.dead_ends[first]
 
     def _ask_length(self) -> None:
         """Ask the length criteria of a call whose end the device found: they log transformers' reminder about texts that are

@@ -145,6 +145,30 @@ def test_commit_tokens(num_tokens, num_eos):
     )
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_commit_tokens_of_no_law(tree):
+    batch, num_tokens, capacity, vocab = 40, 5, 24, 7
+    probs = torch.rand(batch, 9, vocab)
+    probs[torch.rand(batch, 9) < 0.3] = float("nan")
+    path = None
+    if tree:
+        path = torch.rand(batch, 9).argsort(1)[:, :num_tokens].to(torch.int32)
+        path[:, 3:] = torch.where(torch.rand(batch, 2) < 0.5, -1, path[:, 3:])
+    _, status = check(
+        "commit_tokens",
+        torch.randint(2, 12, (batch, capacity)),
+        torch.randint(0, capacity, (batch,), dtype=torch.int32),
+        torch.rand(batch) < 0.2,
+        torch.randint(-1, 12, (batch, num_tokens)),
+        torch.randint(0, num_tokens + 1, (batch,), dtype=torch.int32),
+        torch.randint(1, capacity + 8, (batch,), dtype=torch.int32),
+        torch.tensor([3]),
+        probs[..., 0],
+        path,
+    )
+    assert status.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("min_ngram,max_ngram", [(1, 1), (1, 3), (2, 5)])
 @pytest.mark.parametrize("capacity", [3, 100, 9000])
 @pytest.mark.parametrize("vocab", [2, 30])
