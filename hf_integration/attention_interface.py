@@ -111,6 +111,8 @@ def attention_function(
         raise CaptureError("the spec_compile attention function was called outside capture; use the model's own attention.")
     if attention_mask is not None and context.positions is None:
         raise CaptureError(f"{type(module).__name__} passes its own attention mask; only causal masks can be captured.")
+    if module.training and kwargs.get("dropout"):
+        raise CaptureError(f"{type(module).__name__} drops attention weights in training mode (p={kwargs['dropout']}).")
     unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS_KWARGS}
     if unknown:
         raise CaptureError(f"{type(module).__name__} passes {sorted(unknown)} to its attention, which no op expresses.")

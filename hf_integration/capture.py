@@ -77,6 +77,18 @@ def capture_prefill(model: PreTrainedModel, taps: tuple[Tap, ...] = ()) -> Stage
     return _capture(model, 1, "prefill", inputs, _causal_lm(model, taps), dynamic_length=True, taps=taps)
 
 
+def capture_prefill_as_it_is(model: PreTrainedModel, taps: tuple[Tap, ...] = ()) -> StageGraph:
+    """``capture_prefill`` in the modes that the model's modules are in now. To compare with only: what runs is captured in eval
+    mode.
+
+    Raises:
+        CaptureError: the model cannot be captured in these modes; says why.
+    """
+    inputs = _token_inputs(model, 1, _PREFILL_EXAMPLE_TOKENS)
+    forward = _causal_lm(model, taps)
+    return _capture(model, 1, "prefill", inputs, forward, dynamic_length=True, taps=taps, in_eval_mode=False)
+
+
 def capture_head_window(
     head: DraftHead, batch: int, num_tokens: int, num_rows: int, stage: str, all_states: bool = False
 ) -> StageGraph:
@@ -184,6 +196,7 @@ def _capture(
     *,
     dynamic_length: bool,
     taps: tuple[Tap, ...] = (),
+    in_eval_mode: bool = True,
 ) -> StageGraph:
     """Trace ``forward(model, context, **inputs)``; the second dimension of every input is dynamic if ``dynamic_length``.
 
@@ -200,7 +213,7 @@ def _capture(
         modeling_modules(model, recurrent_layers(config))
     except CaptureError as error:
         raise CaptureError(_message(model, str(error))) from error
-    twin = private_copy(model)
+    twin = private_copy(model, in_eval_mode=in_eval_mode)
     _ask_for_logits_alone(twin)
     with (
         torch.no_grad(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from spec_compile.hf_integration.forward_wrappers import patched_forward
+
 
 def fingerprint(model: nn.Module) -> list[object]:
     """A list that changes with whatever captured graphs do not see: parameters and buffers moved or replaced, modules
@@ -27,8 +29,8 @@ def _walk(module: nn.Module, found: list[object]) -> None:
     for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
         if hooks:
             found.extend(number for number, hook in hooks.items() if not _is_idle(hook))  # numbers are never used again
-    if "forward" in own:  # accelerate and others wrap a module this way
-        found.append(id(own["forward"]))
+    if "forward" in own and (patched := patched_forward(module)) is not None:  # accelerate and others wrap a module this way
+        found.append(id(patched))
     if "_disable_adapters" in own:  # PEFT's BaseTunerLayer (peft/tuners/tuners_utils.py) reads these in forward
         names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
         found.append(repr([own.get(name) for name in names]))

@@ -95,8 +95,6 @@ def why_plain(
         return reason
     if replaced := replaced_loop_method(model):
         return f"generate() would have called {replaced}, which is not transformers' own, and the accelerated loop would not"
-    if model.training:
-        return "the model is in training mode; call model.eval()"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "output_attentions and output_hidden_states are not accelerated"
     # An offloaded model is on the meta device, of which autocast knows nothing; its inputs are where it computes.

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spec_compile.errors import ConfigError
+from spec_compile.hf_integration.forward_wrappers import changes_numerics
 
 # Modules that hold another one under this name: torch.compile's OptimizedModule; DistributedDataParallel, DataParallel and
 # DeepSpeed's engine; TRL's models with value heads.
@@ -67,6 +68,8 @@ def check_placement(model: PreTrainedModel, what: str = "the model") -> None:
                 "needs all weights on one device for good: load with device_map={'': 0} or without device_map, or call "
                 "accelerate.hooks.remove_hook_from_submodules() on it and move it with to(device)."
             )
+        if reason := changes_numerics(module):
+            raise ConfigError(f"{place}: {reason}.")
         if adapters := _active_dora(module):
             raise ConfigError(
                 f"{place} has DoRA adapters {adapters}, whose forward cannot be captured. Merge them into the weights first: "

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spec_compile.hf_integration.forward_wrappers import patched_forward
+
 
 def configurations(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """``config`` and those within it."""
@@ -19,8 +21,11 @@ def configurations(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield from configurations(part)
 
 
-def private_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules and configurations of their own, in eval mode, that share every parameter and buffer with ``model``.
+def private_copy(model: PreTrainedModel, *, in_eval_mode: bool = True) -> PreTrainedModel:
+    """Modules and configurations of their own that share every parameter and buffer with ``model``.
+
+    Args:
+        in_eval_mode: whether the copy is; otherwise each of its modules is in the mode of its original.
 
     Nothing done to the copy (hooks, switches, another attention) is seen by the model or by another thread that runs it. What
     refers to the model's modules from within, such as a ``forward`` that was patched on an instance, refers to the copy's.
@@ -29,11 +34,14 @@ def private_copy(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         twin = twins[id(module)] = object.__new__(type(module))
         twin.__dict__.update(module.__dict__)
+        if patched_forward(module) is None:  # a wrapper that is seen through may hold the model's own modules in a closure
+            twin.__dict__.pop("forward", None)
     memo: dict[int, object] = {}  # one copy of a configuration that several modules hold
     for twin in twins.values():
         for name, value in twin.__dict__.items():
             twin.__dict__[name] = _moved(value, twins, memo)
-        twin.__dict__["training"] = False
+        if in_eval_mode:
+            twin.__dict__["training"] = False
     return twins[id(model)]
 
 

@@ -18,6 +18,7 @@ from spec_compile.draft_tree import DraftTree, read_tree
 from spec_compile.errors import SamplingError, SpecCompileError
 from spec_compile.explain import explain
 from spec_compile.hf_integration.binding import bind_generate
+from spec_compile.hf_integration.forward_wrappers import changes_numerics
 from spec_compile.hf_integration.generate import GenerateCall, added_inputs, read_call, what_differs, why_plain
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
@@ -123,11 +124,17 @@ class SpecHandle:
     def _why_not_now(self) -> str | None:
         if not self._bound():
             return "model.spec.remove() came first"
+        if reason := changes_numerics(self._model):
+            return reason
         if self._engine.model_changed():
             return (
                 "its weights, buffers, hooks or adapters were moved or replaced since spec_compile(); undo that, or call "
                 "spec_compile() again"
             )
+        with torch.inference_mode(False), self._engine.on_device():  # what a trace makes is kept
+            differs = self._engine.target.training_differs()
+        if differs is not None:
+            return f"the model is in training mode, in which this computes otherwise: {differs}; call model.eval()"
         return None
 
     def _say_plain(self, reason: str) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spec_compile.errors import BackendError
+from spec_compile.errors import BackendError, CaptureError
 from spec_compile.hardware import Hardware
-from spec_compile.hf_integration.capture import capture_prefill, capture_window
+from spec_compile.hf_integration.capture import PLAIN_WORKS, capture_prefill, capture_prefill_as_it_is, capture_window
 from spec_compile.hf_integration.fingerprint import fingerprint
 from spec_compile.hf_integration.mask_windows import longest_text
 from spec_compile.hf_integration.taps import Tap
+from spec_compile.hf_integration.training_mode import active_dropout, training_flags, what_differs
 from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
 from spec_compile.passes.graph import StageGraph
@@ -70,6 +71,7 @@ class ModelRunner:
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
         self._fingerprint: list[object] = []
+        self._training_differs: dict[tuple[int, ...], str | None] = {}  # by what is in training mode
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
         self._prefill_compiler = compiler if hardware.is_cuda else SegmentCompiler("none", hardware)
@@ -177,6 +179,23 @@ class ModelRunner:
     def model_changed(self) -> bool:
         """Whether the model is no longer what was captured: moved or replaced tensors and modules, hooks, adapters."""
         return self._fingerprint != fingerprint(self.model)
+
+    def training_differs(self) -> str | None:
+        """What the model computes otherwise in the modes that its modules are in now than in the graphs, which were captured in
+        eval mode; None where training changes nothing. Traces the forward once for each set of modules in training mode."""
+        modes = training_flags(self.model)
+        if not modes:
+            return None
+        if (dropout := active_dropout(self.model)) is not None:
+            return dropout
+        if modes not in self._training_differs:
+            with self.compiler.counting():
+                try:
+                    as_it_is = capture_prefill_as_it_is(self.model, self.taps)
+                    self._training_differs[modes] = what_differs(self._captured["prefill",], as_it_is)
+                except CaptureError as error:
+                    self._training_differs[modes] = str(error).removesuffix(PLAIN_WORKS)
+        return self._training_differs[modes]
 
     def reserve(self, rows: int, capacity: int, most_tokens: int = 1) -> bool:
         """Make sure the pool has ``rows`` rows of ``capacity`` slots; True when it was (re)allocated.
