@@ -92,6 +92,7 @@ def test_a_learned_prompt_is_not_left_out():
         spec_compile(PeftLike(small(), True), **OPTIONS)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 def test_a_peft_model_is_told_what_to_pass_and_is_accelerated_then():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -173,6 +174,7 @@ def test_a_model_offloaded_after_compiling_runs_plain_and_says_so(place, tmp_pat
     assert_equal_in("rounds", spec_compile(model, **OPTIONS))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 def test_dora_is_refused_with_a_remedy_that_works():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, use_dora=True)
