@@ -97,6 +97,7 @@ def bind_generate(
         "_sample": _sample,
         "__reduce_ex__": __reduce_ex__,
         "__deepcopy__": __deepcopy__,
+        "_spec_compile_swapped": True,
     }
     for name, what in _PLAIN_LOOPS.items():
         members[name] = _plain_loop(cls, name, what, weak_on_plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ from spec_compile.runtime.transcript import Transcript
 from spec_compile.user_warning import warn_user
 from spec_compile.versions import version_remedy
 
+_NAMED_CHANGES = 3  # of a model that changed behind its graphs
+
 
 class SpecHandle:
     """Attached as ``model.spec`` by ``spec_compile``.
@@ -42,6 +45,7 @@ class SpecHandle:
         self._enabled = True
         self._stats = SpecStats()
         self._told: set[str] = set()
+        self._told_since_rounds: set[str] = set()  # about changes of the model: said again after each
         self._lock = threading.Lock()
         self._running_in: int | None = None  # the thread whose call has the buffers
         self._transcript: Transcript | None = None
@@ -126,10 +130,12 @@ class SpecHandle:
             return "model.spec.remove() came first"
         if reason := changes_numerics(self._model):
             return reason
-        if self._engine.model_changed():
+        changed = list(itertools.islice(self._engine.what_changed(), _NAMED_CHANGES + 1))
+        if changed:
+            named = ", ".join(changed[:_NAMED_CHANGES]) + (" and more" if len(changed) > _NAMED_CHANGES else "")
             return (
-                "its weights, buffers, hooks or adapters were moved or replaced since spec_compile(); undo that, or call "
-                "spec_compile() again"
+                f"graphs hold the model as they found it, and these were moved, replaced or changed since: {named}. "
+                "Undo that, or call spec_compile(model, ...) again for the model as it is now"
             )
         with torch.inference_mode(False), self._engine.on_device():  # what a trace makes is kept
             differs = self._engine.target.training_differs()
@@ -137,14 +143,15 @@ class SpecHandle:
             return f"the model is in training mode, in which this computes otherwise: {differs}; call model.eval()"
         return None
 
-    def _say_plain(self, reason: str) -> None:
+    def _say_plain(self, reason: str, told: set[str] | None = None) -> None:
         self._stats = SpecStats(mode="plain", plain_because=reason)
         if self._enabled:
-            self._say_once(f"this generate() call runs as plain transformers: {reason}.")
+            self._say_once(f"this generate() call runs as plain transformers: {reason}.", told)
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _say_once(self, text: str, told: set[str] | None = None) -> None:
+        told = self._told if told is None else told
+        if text not in told:
+            told.add(text)
             warn_user(text)
 
     def _say_incompatible(self, what: str) -> None:
@@ -207,16 +214,18 @@ class SpecHandle:
                     f"texts of more than {limit} tokens are not accelerated: the cache that this model's configuration makes "
                     f"keeps no more, while its attention mask reaches further back"
                 )
+        told = self._told
         if reason is None:
             with self._alone():
-                reason = self._why_not_now()
+                reason, told = self._why_not_now(), self._told_since_rounds
                 if reason is None:
+                    told.clear()
                     for note in what_differs(generation_config):
                         self._say_once(f"{note}.")
                     # Buffers outlive the call: they must not be inference tensors even if the caller is in inference mode.
                     with torch.inference_mode(False), torch.no_grad(), self._engine.on_device():
                         return self._run(call)
-        self._say_plain(reason)
+        self._say_plain(reason, told)
         return run_plain()
 
     def _run(self, call: GenerateCall) -> object:

@@ -460,13 +460,20 @@ def test_a_model_that_changed_runs_plain_until_the_change_is_undone() -> None:
     spec_compile(model, compile="none", min_ngram=1, num_steps=2, adaptive=False)
     settings = {"max_new_tokens": 6, "do_sample": False}
     before = model.generate(**inputs, **settings)
-    for change in (_replaced_weight, _replaced_buffer, _hook, _pre_hook, _patched_forward, _switched_adapter):
+    names = {
+        _replaced_weight: r"lm_head\.weight",
+        _replaced_buffer: r"model\.rotary_emb\.inv_freq",
+        _hook: r"the forward hooks of model\.layers\.0\.mlp",
+        _pre_hook: r"the forward hooks of model\.layers\.1\.mlp",
+        _patched_forward: r"model\.norm\.forward",
+        _switched_adapter: r"lm_head\._disable_adapters \(True, was False\)",
+    }
+    for change, name in names.items():
         undo = change(model)
         with model.spec.disable():
             plain = model.generate(**inputs, **settings)
         assert not torch.equal(plain, before), f"{change.__name__} matters"
-        model.spec._told.clear()
-        with pytest.warns(UserWarning, match="moved or replaced"):
+        with pytest.warns(UserWarning, match=rf"moved, replaced or changed since: {name}\. Undo that, or call spec_compile"):
             assert torch.equal(model.generate(**inputs, **settings), plain), change.__name__
         undo()
         assert torch.equal(model.generate(**inputs, **settings), before)

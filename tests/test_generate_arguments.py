@@ -326,6 +326,7 @@ def test_the_loops_methods_are_those_that_transformers_has() -> None:
     assert missing == ["create_masks_for_generate"], "which a few models have, of those with images"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads names that transformers gives up
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_learned_prompts_of_peft_are_not_lost(kind: str) -> None:
     peft = pytest.importorskip("peft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -345,9 +345,11 @@ class Engine:
         window[: states.shape[0], 0] = states
         return window
 
-    def model_changed(self) -> bool:
-        """Whether the target or the draft is no longer what was captured."""
-        return any(runner.model_changed() for runner in self._runners())
+    def what_changed(self) -> Iterator[str]:
+        """Names of what of the target or the draft is no longer as it was captured."""
+        yield from self.target.what_changed()
+        for runner in () if self.draft is None else self.draft.runners:
+            yield from (f"the draft's {name}" for name in runner.what_changed())
 
     def captured(self) -> list[tuple[str, int]]:
         """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""

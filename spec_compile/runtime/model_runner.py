@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from spec_compile.errors import BackendError, CaptureError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import PLAIN_WORKS, capture_prefill, capture_prefill_as_it_is, capture_window
-from spec_compile.hf_integration.fingerprint import fingerprint
+from spec_compile.hf_integration.fingerprint import Fingerprint, fingerprint, what_changed
 from spec_compile.hf_integration.mask_windows import longest_text
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.hf_integration.training_mode import active_dropout, training_flags, what_differs
 from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
-from spec_compile.passes.graph import StageGraph
+from spec_compile.passes.graph import StageGraph, placeholders
 from spec_compile.passes.pipeline import choose_kernels, prepare
 from spec_compile.passes.select_backend import Backend, Choice, Tuner, check_delta_rules, choose, wanted
 from spec_compile.runtime import kv_pool, state_pool
@@ -70,7 +70,7 @@ class ModelRunner:
         self.states: state_pool.StatePool | None = None
         self._captured: dict[tuple, StageGraph] = {}
         self._programs: dict[tuple, StageProgram] = {}
-        self._fingerprint: list[object] = []
+        self._fingerprint = Fingerprint()
         self._training_differs: dict[tuple[int, ...], str | None] = {}  # by what is in training mode
         # Prefill is one graph for every prompt length. On a CPU its segments run as captured: prompts are bound by GEMMs
         # there, and compiling would take longer than it ever saves.
@@ -151,7 +151,7 @@ class ModelRunner:
                     self._captured[shape] = capture()
                 graph = prepare_graph(self._captured[shape].copy())
                 self._programs[key] = build_program(graph, compiler)
-                self._fingerprint = fingerprint(self.model)  # fusing may just have moved its weights
+                self._fingerprint = fingerprint(self.model, self._bound())  # fusing may just have moved its weights
         program = self._programs[key]
         if not program.bound:
             self._choose_kernels(name, program)
@@ -176,9 +176,14 @@ class ModelRunner:
                     _warm_up(choice, self.device)
                 program.bind(self.pool.caches | ({} if self.states is None else self.states.caches))
 
-    def model_changed(self) -> bool:
-        """Whether the model is no longer what was captured: moved or replaced tensors and modules, hooks, adapters."""
-        return self._fingerprint != fingerprint(self.model)
+    def _bound(self) -> frozenset[int]:
+        """Ids of the tensors that captured graphs hold."""
+        bindings = (node.meta["binding"] for graph in self._captured.values() for node in placeholders(graph.gm))
+        return frozenset(id(binding) for binding in bindings if isinstance(binding, Tensor))
+
+    def what_changed(self) -> Iterator[str]:
+        """Names of what of the model is no longer as it was captured."""
+        return what_changed(self._fingerprint)
 
     def training_differs(self) -> str | None:
         """What the model computes otherwise in the modes that its modules are in now than in the graphs, which were captured in
