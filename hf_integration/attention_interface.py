@@ -22,6 +22,7 @@ from spec_compile.hf_integration.mask_windows import position_mask, position_sta
 from spec_compile.hf_integration.own_attention import masks_hold_windows
 from spec_compile.hf_integration.recurrent_layers import RECURRENT, STATE_PARTS, PassThroughStates, recurrent_capture
 from spec_compile.hf_integration.taps import Tap
+from spec_compile.hf_integration.transformers_private import attention_name, experts_name
 from spec_compile.ops import attention as attention_ops  # registers the ops that the graph will hold
 
 NAME = "spec_compile"
@@ -210,7 +211,7 @@ def recurrent_layers(config: PretrainedConfig) -> list[int]:
 def capturable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Keep host syncs out of mixture-of-experts layers: transformers' grouped GEMM falls back to a loop over experts that
     reads their sizes on the host for every dtype but bfloat16; its batched GEMM does not."""
-    before = getattr(model.config, "_experts_implementation", None)
+    before = experts_name(model.config)
     device = model.get_input_embeddings().weight.device
     if before != "grouped_mm" or device.type != "cuda" or model.dtype == torch.bfloat16:
         yield
@@ -247,7 +248,7 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
         },
     )
     context.cache = CaptureCache(num_layers, recurrent, context)
-    original = model.config._attn_implementation
+    original = attention_name(model.config)
     model.set_attn_implementation(NAME)
     _context = context
     try:

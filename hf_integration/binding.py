@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-_PLAIN_LOOPS = {"_assisted_decoding": "assisted generation of transformers", "_beam_search": "beam search"}
+from spec_compile.hf_integration.transformers_private import PLAIN_LOOPS, SAMPLE
 
 
 @dataclass
@@ -74,9 +74,9 @@ def bind_generate(
             unreached(kwargs)
         return result
 
-    def _sample(self, *args, **kwargs):
+    def sample(self, *args, **kwargs):
         given = _reached(self)
-        plain, run = functools.partial(cls._sample, self), weak_loop()
+        plain, run = functools.partial(getattr(cls, SAMPLE), self), weak_loop()
         if run is None:  # removed by another thread when this call was on its way
             return plain(*args, **kwargs)
         return run(self, plain, given, *args, **kwargs)
@@ -94,12 +94,12 @@ def bind_generate(
 
     members: dict[str, object] = {
         "generate": generate,
-        "_sample": _sample,
+        SAMPLE: sample,
         "__reduce_ex__": __reduce_ex__,
         "__deepcopy__": __deepcopy__,
         "_spec_compile_swapped": True,
     }
-    for name, what in _PLAIN_LOOPS.items():
+    for name, what in PLAIN_LOOPS.items():
         members[name] = _plain_loop(cls, name, what, weak_on_plain)
     # Same names: transformers and pipelines look models up by class name, and save_pretrained writes it.
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -36,6 +36,7 @@ from spec_compile.hf_integration.private_copy import configurations, private_cop
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
+from spec_compile.ops.torch_private import forget_traces, mark_dynamic, static_shapes
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
@@ -234,7 +235,7 @@ def _capture(
 
         if dynamic_length:
             for value in inputs.values():
-                torch._dynamo.mark_dynamic(value, 1)
+                mark_dynamic(value, 1)
         _trace(model, step, backend, tuple(inputs.values()))
     if not captured:
         raise CaptureError(_message(model, "its forward computes nothing from its inputs."))
@@ -290,9 +291,8 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
         forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
     # Only what is marked dynamic is: left to itself, Dynamo would compare this trace with an earlier one of another model.
-    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
     try:
-        with static:
+        with static_shapes():
             torch.compile(fresh, backend=backend, fullgraph=True)(*args)
     except _Captured:
         pass
@@ -302,7 +302,7 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
         cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
         raise CaptureError(_message(model, _reason(cause))) from error
     finally:
-        torch._dynamo.eval_frame.remove_from_cache(fresh)
+        forget_traces(fresh)
 
 
 def _chain(error: BaseException | None):

@@ -17,6 +17,7 @@ from spec_compile.hf_integration.loop_methods import replaced_loop_method
 from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.processors import read_processors
 from spec_compile.hf_integration.rope import fixed_rope_length
+from spec_compile.hf_integration.transformers_private import pad_token
 
 _KNOWN_KWARGS = {
     "attention_mask",
@@ -207,7 +208,7 @@ def read_call(
     wants_scores = generation_config.return_dict_in_generate and (
         generation_config.output_scores or generation_config.output_logits
     )
-    pad = generation_config._pad_token_tensor
+    pad = pad_token(generation_config)
     settings = warpers or {}
     return GenerateCall(
         input_ids=input_ids,

@@ -11,26 +11,16 @@ import types
 
 from transformers import PreTrainedModel
 
-# Looked up on the class alone: generate() calls ``getattr(type(self), "_sample")``.
-_OF_THE_CLASS = ("_sample",)
-_OF_THE_INSTANCE = (
-    "prepare_inputs_for_generation",
-    "_update_model_kwargs_for_generation",
-    "create_masks_for_generate",
-    "_prefill",
-    "_has_unfinished_sequences",
-    "_optimize_model_for_decode",
-    "_valid_auto_compile_criteria",
-    "get_compiled_call",
-)
-LOOP_METHODS = (*_OF_THE_CLASS, *_OF_THE_INSTANCE)
+from spec_compile.hf_integration.transformers_private import CALLED_BY_THE_LOOP, SAMPLE
+
+LOOP_METHODS = (SAMPLE, *CALLED_BY_THE_LOOP)
 _DECORATORS = ("contextlib", "torch")  # their wrappers stand around methods of transformers
 
 
 def replaced_loop_method(model: PreTrainedModel) -> str | None:
     """The first of ``LOOP_METHODS`` that is not transformers' own, and what is there instead; None where all are."""
     for name in LOOP_METHODS:
-        method = model.__dict__.get(name) if name in _OF_THE_INSTANCE else None
+        method = model.__dict__.get(name) if name in CALLED_BY_THE_LOOP else None
         if method is None:  # the class's own; before it stands the one that binding.py put there
             method = next((vars(base)[name] for base in type(model).__mro__[1:] if name in vars(base)), None)
         if method is not None and _module(method).split(".")[0] != "transformers":

@@ -33,6 +33,7 @@ from spec_compile.hf_integration.draft_tensors import (
     vocabulary,
 )
 from spec_compile.hf_integration.mtp import MtpHead, MtpLayers
+from spec_compile.hf_integration.transformers_private import commit_hash
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def load_mtp_head(target: PreTrainedModel, where: str | os.PathLike | None = Non
     """
     revision = None
     if where is None:
-        where, revision = target.name_or_path, getattr(target.config, "_commit_hash", None)
+        where, revision = target.name_or_path, commit_hash(target.config)
         if not where:
             raise DraftError(
                 "draft='mtp' reads the head from the checkpoint that the target was loaded from, but this target was built "

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 
 from spec_compile.hf_integration.private_copy import configurations
+from spec_compile.hf_integration.transformers_private import attention_name
 
 _ATTENTIONS, _MASKS = AttentionInterface(), AttentionMaskInterface()  # instances share what is registered
 _REMEDY = "choose a built-in one, e.g. model.set_attn_implementation('sdpa')"
@@ -18,7 +19,7 @@ def own_attention(model: PreTrainedModel) -> str | None:
 
     Functions that a user registered, under a name of their own or over a built-in one, may compute anything.
     """
-    names = {config._attn_implementation for config in configurations(model.config)} - {None}
+    names = {attention_name(config) for config in configurations(model.config)} - {None}
     for name in sorted(names):
         if "/" in name:  # a kernel of the hub, which transformers itself registers
             continue
@@ -32,7 +33,7 @@ def own_attention(model: PreTrainedModel) -> str | None:
 
 def masks_hold_windows(model: PreTrainedModel) -> bool:
     """Whether the model's attention knows its sliding windows from masks; flash attention reads them from its call."""
-    return _MASKS.get(model.config.get_text_config(decoder=True)._attn_implementation) is not flash_attention_mask
+    return _MASKS.get(attention_name(model.config.get_text_config(decoder=True))) is not flash_attention_mask
 
 
 def _called(function: Callable) -> str:

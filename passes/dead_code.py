@@ -6,8 +6,9 @@ become dead once attention is absorbed; keeping them would keep the expansion's 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
+
+from spec_compile.ops.torch_private import OpOverload, OpOverloadPacket
 
 _ALLOCATIONS = {"new_empty", "new_zeros", "empty", "empty_like", "zeros", "zeros_like"}
 _IN_PLACE_OPERATORS = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
@@ -19,8 +20,8 @@ def has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody uses its result: ops that write caches or other tensors."""
     if node.op in ("placeholder", "output", "call_module"):
         return True
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default
+    if node.op == "call_function" and isinstance(node.target, OpOverload | OpOverloadPacket):
+        op = node.target if isinstance(node.target, OpOverload) else node.target.default
         return op._schema.is_mutable  # our cache-writing ops
     return _is_in_place(node) and not _writes_for_nobody(node)
 

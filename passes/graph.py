@@ -8,8 +8,8 @@ import logging
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
+from spec_compile.ops.torch_private import make_graph_module, use_lazy_graph_module
 from spec_compile.passes.dead_code import has_effect
 
 log = logging.getLogger("spec_compile.passes")
@@ -51,7 +51,7 @@ class StageGraph:
     def copy(self) -> StageGraph:
         """An independent graph over the same tensors, so that one capture serves several variants of a stage."""
         with lazy_code():
-            gm = _make_graph_module(self.gm, copy.deepcopy(self.gm.graph))  # copies nodes; their metadata is shared, not cloned
+            gm = make_graph_module(self.gm, copy.deepcopy(self.gm.graph))  # copies nodes; their metadata is shared, not cloned
         return StageGraph(gm, self.stage, list(self.report))
 
     def note(self, line: str) -> None:
@@ -64,7 +64,7 @@ def lazy_code() -> contextlib.AbstractContextManager[None]:
 
     torch's own means for it; of ``split_module``, torch 2.11 writes the code at once all the same.
     """
-    return _use_lazy_graph_module(True)
+    return use_lazy_graph_module(True)
 
 
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import operator
 
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 
 from spec_compile.errors import BackendError
 from spec_compile.ops import providers
 from spec_compile.ops.providers import Lowered
+from spec_compile.ops.torch_private import detect_fake_mode
 from spec_compile.passes.graph import StageGraph, fake, finish
 from spec_compile.passes.select_backend import provided_nodes
 

@@ -23,6 +23,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as _delta_ops  # noqa: F401 (registers spec_compile::gdn_verify, …)
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode, DeltaNode, Node
+from spec_compile.ops.torch_private import OpOverload
 from spec_compile.passes.graph import CacheSlot, StageGraph, fake
 from spec_compile.passes.preference import STAGES, rule_for
 
@@ -347,7 +348,7 @@ def _layer(node: fx.Node) -> int:
 
 def _packet(node: fx.Node) -> object:
     """What a node calls: Dynamo writes an op's packet, providers name an overload."""
-    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
 
 
 def describe(

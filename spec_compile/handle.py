@@ -21,6 +21,7 @@ from spec_compile.explain import explain
 from spec_compile.hf_integration.binding import bind_generate
 from spec_compile.hf_integration.forward_wrappers import changes_numerics
 from spec_compile.hf_integration.generate import GenerateCall, added_inputs, read_call, what_differs, why_plain
+from spec_compile.hf_integration.transformers_private import SAMPLE
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.lockstep import decode_lockstep
@@ -111,7 +112,7 @@ class SpecHandle:
 
         transformers hands no streamer to a custom loop; plain ``model.generate(streamer=…)`` does.
         """
-        return type(model)._sample(model, input_ids, **kwargs)
+        return getattr(type(model), SAMPLE)(model, input_ids, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop

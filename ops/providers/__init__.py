@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.hardware import Hardware
+from spec_compile.ops.torch_private import OpOverload
 
 # Name -> module, in no order of preference (that is passes/preference.py). A kernel author's own module may be added here at
 # run time: PROVIDERS["mine"] = "my_package.my_provider", then backend="mine".
@@ -118,8 +119,8 @@ class Lowered:
         plan_args: ints, floats and bools.
     """
 
-    op: torch._ops.OpOverload
-    plan: torch._ops.OpOverload | None = None
+    op: OpOverload
+    plan: OpOverload | None = None
     plan_args: tuple[int | float | bool, ...] = ()
 
     def row_arguments(self, args: tuple) -> tuple:
@@ -144,7 +145,7 @@ class Lowered:
         return (planned,) if isinstance(planned, Tensor) else tuple(planned)
 
 
-def as_lowered(result: torch._ops.OpOverload | Lowered) -> Lowered:
+def as_lowered(result: OpOverload | Lowered) -> Lowered:
     """What ``Provider.lower`` returned, with a bare op as ``Lowered``."""
     return result if isinstance(result, Lowered) else Lowered(result)
 
@@ -160,7 +161,7 @@ class Provider(Protocol):
     def supports(self, node: Node, hardware: Hardware) -> str | None:
         """None when the provider can run this node on this hardware, otherwise the reason why not."""
 
-    def lower(self, node: Node) -> torch._ops.OpOverload | Lowered:
+    def lower(self, node: Node) -> OpOverload | Lowered:
         """The op that takes the generic op's place: with the same arguments, or with a plan's outputs behind them."""
 
     def warm_up(self, node: Node, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "aiter"
 
@@ -46,7 +47,7 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
     return f"this version of spec_compile does not call aiter's {node.stage} kernels yet"
 
 
-def lower(node: AttentionNode) -> torch._ops.OpOverload:
+def lower(node: AttentionNode) -> OpOverload:
     """Raises ``BackendError``: ``supports`` accepts nothing."""
     raise BackendError(f"aiter has no op for {node.op}: this version of spec_compile does not call its kernels yet.")
 

@@ -38,6 +38,7 @@ from spec_compile.ops import linear_attention as generic
 from spec_compile.ops.providers import Availability, DeltaNode
 from spec_compile.ops.providers import flashinfer as attention
 from spec_compile.ops.providers.delta_examples import example_arguments
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "flashinfer"
 
@@ -112,7 +113,7 @@ def _state_refusal(node: DeltaNode, hardware: Hardware) -> str:
     return f"FlashInfer has no kernel for states of {node.state_dtype} on {hardware.arch}"
 
 
-def lower(node: DeltaNode) -> torch._ops.OpOverload:
+def lower(node: DeltaNode) -> OpOverload:
     """The op that takes the place of ``spec_compile::gdn_verify``."""
     return torch.ops.spec_compile.gdn_verify_flashinfer.default
 

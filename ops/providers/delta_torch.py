@@ -7,6 +7,7 @@ import torch
 from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as generic
 from spec_compile.ops.providers import Availability, DeltaNode
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "torch"
 
@@ -21,7 +22,7 @@ def supports(node: DeltaNode, hardware: Hardware) -> str | None:
     return None
 
 
-def lower(node: DeltaNode) -> torch._ops.OpOverload:
+def lower(node: DeltaNode) -> OpOverload:
     return getattr(torch.ops.spec_compile, f"{node.op}_torch").default
 
 

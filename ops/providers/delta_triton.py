@@ -16,6 +16,7 @@ from spec_compile.ops import linear_attention as generic
 from spec_compile.ops.providers import Availability, DeltaNode
 from spec_compile.ops.providers.delta_examples import example_arguments
 from spec_compile.ops.providers.triton import device_limits, shared_memory
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "triton"
 
@@ -61,7 +62,7 @@ def most_tokens(shared: int, key_dim: int) -> int:
     return next((tokens for tokens, kib in ((64, 160), (32, 64), (16, 48)) if kib * 1024 * width <= shared), 0)
 
 
-def lower(node: DeltaNode) -> torch._ops.OpOverload:
+def lower(node: DeltaNode) -> OpOverload:
     return getattr(torch.ops.spec_compile, f"{node.op}_triton").default
 
 

@@ -31,6 +31,7 @@ from spec_compile.ops.attention import attention_fake, prefill_attention_fake
 from spec_compile.ops.kv_cache import kv_write_packed
 from spec_compile.ops.providers import AttentionNode, Availability, Lowered
 from spec_compile.ops.providers.examples import example_arguments
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "fa4"
 
@@ -111,7 +112,7 @@ def _head_dims_problem(node: AttentionNode, arch: str) -> str | None:
     return None
 
 
-def lower(node: AttentionNode) -> torch._ops.OpOverload | Lowered:
+def lower(node: AttentionNode) -> OpOverload | Lowered:
     """The op that takes the place of ``spec_compile::<node.op>``, for window ops with a plan of folded page tables."""
     ops = torch.ops.spec_compile
     if node.op == "prefill_attention":

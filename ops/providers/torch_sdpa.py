@@ -16,6 +16,7 @@ from torch import Tensor
 from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
 from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "torch"
 
@@ -28,7 +29,7 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
     return None
 
 
-def lower(node: AttentionNode) -> torch._ops.OpOverload:
+def lower(node: AttentionNode) -> OpOverload:
     return getattr(torch.ops.spec_compile, f"{node.op}_torch").default
 
 

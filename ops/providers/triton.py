@@ -15,6 +15,7 @@ from torch import Tensor
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.ops.providers import AttentionNode, Availability
 from spec_compile.ops.providers.examples import example_arguments
+from spec_compile.ops.torch_private import OpOverload
 
 NAME = "triton"
 
@@ -55,7 +56,7 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
     return None
 
 
-def lower(node: AttentionNode) -> torch._ops.OpOverload:
+def lower(node: AttentionNode) -> OpOverload:
     """The op that takes the place of ``spec_compile::<node.op>``."""
     return getattr(torch.ops.spec_compile, f"{node.op}_triton").default
 

@@ -13,13 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import spec_compile.ops
 from spec_compile.hardware import Hardware
+from spec_compile.ops.torch_private import (
+    CustomGraphPass,
+    FakeTensorMode,
+    TracingContext,
+    detect_fake_mode,
+    inductor_compile,
+    tracing,
+)
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 from spec_compile.passes.partition import segment_key
 from spec_compile.runtime.skinny_linears import Known, use_skinny_linears
@@ -104,10 +109,10 @@ class SegmentCompiler:
 
 
 def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:
-    """``torch._inductor.compile`` with its disk cache: torch bypasses that unless a tracing context has a shape environment."""
+    """Inductor with its disk cache: torch bypasses that unless a tracing context has a shape environment."""
     mode = detect_fake_mode(examples) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     with tracing(TracingContext(mode)):
-        return torch._inductor.compile(segment, examples, options=options)
+        return inductor_compile(segment, examples, options)
 
 
 # A mixture of experts sorts its packed tokens by expert. Inductor's own sort, a persistent kernel, holds 512 elements; compiled
