@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.forward_wrappers import changes_numerics
+from spec_compile.hf_integration.quantized_layers import why_not_captured
 
 # Modules that hold another one under this name: torch.compile's OptimizedModule; DistributedDataParallel, DataParallel and
 # DeepSpeed's engine; TRL's models with value heads.
@@ -69,6 +70,8 @@ def check_placement(model: PreTrainedModel, what: str = "the model") -> None:
                 "accelerate.hooks.remove_hook_from_submodules() on it and move it with to(device)."
             )
         if reason := changes_numerics(module):
+            raise ConfigError(f"{place}: {reason}.")
+        if reason := why_not_captured(module):
             raise ConfigError(f"{place}: {reason}.")
         if adapters := _active_dora(module):
             raise ConfigError(

@@ -17,6 +17,7 @@ from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
+from spec_compile.hf_integration.quantized_layers import check_quantized, settle_weights
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
@@ -87,6 +88,7 @@ def spec_compile(
     if draft is None or draft == "ngram":
         check_draft_stages(backend)
     check_placement(model)
+    check_quantized(model)
     device, hardware = _device_of(model)
     with torch.autocast(device.type, enabled=False):
         draft = load_draft(draft, model)
@@ -103,6 +105,7 @@ def spec_compile(
         )  # fmt: skip
 
     with torch.autocast(device.type, enabled=False):  # it would be traced into graphs that serve calls without it
+        settle_weights(model)
         source = make_draft(
             draft,
             model,
