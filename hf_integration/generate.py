@@ -163,8 +163,9 @@ def what_differs(generation_config: GenerationConfig) -> list[str]:
     notes = []
     if generation_config.return_dict_in_generate:
         notes.append(
-            f"{RESULT_CACHE} of the result is None, because keys and values stay in the model's KV pool; call generate() "
-            "within `with model.spec.disable():` where you need them"
+            f"{RESULT_CACHE} of the result is None: keys and values stay in the model's KV pool. A next turn needs none: "
+            f"give it the whole conversation as input_ids and no {RESULT_CACHE} (None is fine), and it is prefilled again. "
+            "Where you need the cache itself, call generate() within `with model.spec.disable():`"
         )
     if generation_config.prefill_chunk_size is not None:
         notes.append(

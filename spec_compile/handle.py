@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
@@ -28,17 +26,23 @@ from spec_compile.runtime.lockstep import decode_lockstep
 from spec_compile.runtime.state import MAX_EOS_IDS, SamplingPlan
 from spec_compile.runtime.stats import SpecStats, acceptance
 from spec_compile.runtime.transcript import Transcript
+from spec_compile.runtime.turns import PATIENCE, Turns
 from spec_compile.user_warning import warn_user
 from spec_compile.versions import version_remedy
 
 _NAMED_CHANGES = 3  # of a model that changed behind its graphs
+_AWAY = (
+    "another thread's call of the same model has been in its stopping criteria, streamer or logits processors for "
+    f"{PATIENCE:g} s and may be waiting for this one"
+)
 
 
 class SpecHandle:
     """Attached as ``model.spec`` by ``spec_compile``.
 
     Buffers and graphs serve one call at a time: calls of other threads wait, and a call from within a call (a criterion or
-    streamer that generates with the same model) runs plain. Results never hold a cache: that field is None.
+    streamer that generates with the same model, in its own thread or in one that it waits for) runs plain. Results never
+    hold a cache: that field is None.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
@@ -47,8 +51,7 @@ class SpecHandle:
         self._stats = SpecStats()
         self._told: set[str] = set()
         self._told_since_rounds: set[str] = set()  # about changes of the model: said again after each
-        self._lock = threading.Lock()
-        self._running_in: int | None = None  # the thread whose call has the buffers
+        self._turns = Turns()  # on the buffers
         self._transcript: Transcript | None = None
         self._original_class = bind_generate(model, self._loop, self._say_plain, self._say_unreached)
 
@@ -94,11 +97,13 @@ class SpecHandle:
         Waits for a call that another thread has running.
 
         Raises:
-            SpecCompileError: from within a running call, whose buffers these are.
+            SpecCompileError: from within a running call, whose buffers these are, or while one may be waiting for this thread.
         """
-        if self._running_in == threading.get_ident():
+        if self._turns.is_mine():
             raise SpecCompileError("model.spec.remove() from within generate(): call it when generate() has returned.")
-        with self._alone():
+        with self._turns.take() as turn:
+            if not turn:
+                raise SpecCompileError(f"model.spec.remove(): {_AWAY}. Call it when that generate() has returned.")
             if self._bound():
                 self._model.__class__ = self._original_class
                 del self._model.spec
@@ -116,15 +121,6 @@ class SpecHandle:
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._lock:
-            self._running_in = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._running_in = None
 
     def _why_not_now(self) -> str | None:
         if not self._bound():
@@ -197,7 +193,7 @@ class SpecHandle:
         if not self._enabled:
             self._stats = SpecStats(mode="plain")
             return run_plain()
-        if self._running_in == threading.get_ident():
+        if self._turns.is_mine():
             self._say_plain("another call of the same model is running around it")
             return run_plain()
         if added := added_inputs(model_kwargs, given):
@@ -217,8 +213,9 @@ class SpecHandle:
                 )
         told = self._told
         if reason is None:
-            with self._alone():
-                reason, told = self._why_not_now(), self._told_since_rounds
+            with self._turns.take() as turn:
+                reason = self._why_not_now() if turn else _AWAY
+                told = self._told_since_rounds if turn else self._told
                 if reason is None:
                     told.clear()
                     for note in what_differs(generation_config):
@@ -230,10 +227,10 @@ class SpecHandle:
         return run_plain()
 
     def _run(self, call: GenerateCall) -> object:
-        engine, transcript = self._engine, Transcript(call)
+        engine, compiled_before = self._engine, self._engine.compile_seconds
+        transcript = Transcript(call, lambda: engine.compile_seconds - compiled_before, self._turns.away)
         self._transcript = transcript
         request = _request(call, engine)
-        compiling = engine.compiler.seconds + engine.capture_seconds
         started = time.perf_counter()
         scores = logits = None
         if call.exact_order:
@@ -247,9 +244,9 @@ class SpecHandle:
             timing = Timing()
             lengths, drafted = self._run_rounds(request, transcript, timing)
         if call.streamer is not None:
-            call.streamer.end()
-        total = time.perf_counter() - started
-        total -= engine.compiler.seconds + engine.capture_seconds - compiling
+            with self._turns.away():
+                call.streamer.end()
+        total = time.perf_counter() - started - (engine.compile_seconds - compiled_before)
         self._stats = self._figures(transcript, lengths, drafted, timing, total, call)
         sequences = transcript.sequences()
         if not call.generation_config.return_dict_in_generate:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from spec_compile import spec_compile
 from spec_compile.errors import SpecCompileError
 from spec_compile.hf_integration import capture
+from spec_compile.runtime import turns
 
 PROMPT = 11
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -157,3 +158,76 @@ def test_models_are_captured_one_at_a_time(monkeypatch) -> None:
     models = [tiny_model("llama"), tiny_model("llama", seed=1)]
     got = in_threads([lambda m=m: spec_compile(m, compile="none") for m in models])
     assert got == models and most == 1
+
+
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.2}], ids=["rounds", "lockstep"])
+@pytest.mark.parametrize("where", ["criterion", "streamer", "processor"])
+def test_who_is_waited_for_does_not_wait(reference, model, monkeypatch, where: str, extra: dict) -> None:
+    """A judge in a thread pool asks the same model, and the call that asked waits for the answer."""
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+    inputs, others = left_padded(1, PROMPT), left_padded(1, 5, seed=1)
+    answers = []
+
+    def ask(length: int, text: Tensor | None = None) -> None:
+        if length == PROMPT + 5:
+            answers.extend(in_threads([lambda: model.generate(**others, max_new_tokens=6, do_sample=False)]))
+
+    model.generate(**inputs, **GREEDY, **extra)  # compiles
+    model.spec._told.clear()
+    with pytest.warns(UserWarning, match="may be waiting for this one"):
+        outer = model.generate(**inputs, **GREEDY, **extra, **_calling(where, ask))
+    assert torch.equal(outer, reference.generate(**inputs, **GREEDY, **extra))
+    assert torch.equal(answers[0], reference.generate(**others, max_new_tokens=6, do_sample=False))
+
+
+def _calling(where: str, ask: Callable[[int], None]) -> dict[str, object]:
+    """An argument of ``generate()`` that calls ``ask`` with the text's length."""
+    if where == "criterion":
+        return {"stopping_criteria": [Once(PROMPT + 5, lambda: ask(PROMPT + 5))]}
+    if where == "processor":
+        return {"logits_processor": [lambda input_ids, scores: (ask(input_ids.shape[1]), scores)[1]]}
+
+    class Streamer:
+        length = 0
+
+        def put(self, value: Tensor) -> None:
+            self.length += value.numel()
+            ask(self.length)
+
+        def end(self) -> None:
+            pass
+
+    return {"streamer": Streamer()}
+
+
+def test_a_removal_that_a_call_waits_for_is_an_error(reference, monkeypatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+    model, inputs = compiled(), left_padded(1, PROMPT)
+    removal = Once(PROMPT + 5, lambda: in_threads([model.spec.remove]))
+    text = model.generate(**inputs, **GREEDY, stopping_criteria=[removal])
+    assert torch.equal(text, reference.generate(**inputs, **GREEDY))
+    (error,) = removal.result
+    assert isinstance(error, SpecCompileError) and "when that generate() has returned" in str(error)
+    assert model.spec.stats().mode == "rounds"
+    model.spec.remove()
+
+
+def test_a_call_that_computes_is_waited_for_however_long(monkeypatch) -> None:
+    """Compiling takes minutes, and nobody waits for anybody then."""
+    monkeypatch.setattr(turns, "PATIENCE", 0.02)
+    line, order = turns.Turns(), []
+
+    def first() -> None:
+        with line.take():
+            started.set()
+            time.sleep(0.1)
+            order.append("first")
+
+    def second() -> None:
+        started.wait()
+        with line.take() as turn:
+            order.append(turn)
+
+    started = threading.Event()
+    in_threads([first, second])
+    assert order == ["first", True]

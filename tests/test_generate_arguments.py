@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitNormalization,
     LogitsProcessorList,
+    MaxTimeCriteria,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -24,8 +26,10 @@ from transformers import (
 )
 
 from spec_compile import spec_compile
+from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.loop_methods import LOOP_METHODS, replaced_loop_method
 from spec_compile.hf_integration.processors import read_processors
+from spec_compile.runtime import model_runner
 
 PROMPT = 11
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -220,6 +224,45 @@ def test_criteria_are_asked_before_the_streamer_gets_a_token(pair, extra: dict, 
         return text, both.log
 
     assert run(pair[1]) == run(pair[0])
+
+
+@pytest.mark.parametrize(("given", "extra"), [("max_time", {}), ("criterion", {"repetition_penalty": 1.2})])
+def test_time_that_goes_into_graphs_is_not_generating(monkeypatch, given: str, extra: dict) -> None:
+    for name in ("capture_prefill", "capture_window"):
+        capture = getattr(model_runner, name)
+        monkeypatch.setattr(model_runner, name, lambda *args, capture=capture: (time.sleep(0.6), capture(*args))[1])
+    model = compiled(tiny_model("llama", num_hidden_layers=1))
+    limit = MaxTimeCriteria(0.5)
+    settings = {"max_time": 0.5} if given == "max_time" else {"stopping_criteria": [limit]}
+    started = limit.initial_timestamp
+    assert model.generate(**left_padded(1, PROMPT), **GREEDY, **extra, **settings).shape[1] == PROMPT + 12
+    assert limit.initial_timestamp == started, "the caller's own object stays as it was"
+    assert model.generate(**left_padded(1, PROMPT), **GREEDY, **extra, max_time=0.0).shape[1] == PROMPT + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def test_the_next_turn_takes_the_cache_that_is_not_there(pair) -> None:
+    """Multi-turn code hands the result's cache on: plain generate() reads it, ours prefills the whole conversation again."""
+    reference, model = pair
+    inputs = left_padded(1, PROMPT)
+
+    def conversation(model: PreTrainedModel) -> Tensor:
+        text, cache = inputs["input_ids"], None
+        for _ in range(3):
+            given = {"attention_mask": torch.ones_like(text), RESULT_CACHE: cache}
+            result = model.generate(text, **given, **GREEDY, return_dict_in_generate=True)
+            text, cache = torch.cat([result.sequences, inputs["input_ids"][:, :4]], 1), getattr(result, RESULT_CACHE)
+        return text
+
+    model.spec._told.clear()
+    with pytest.warns(UserWarning) as told:
+        ours = conversation(model)
+    (text,) = [str(w.message) for w in told if "spec_compile" in str(w.message)]
+    assert f"{RESULT_CACHE} of the result is None" in text and "the whole conversation as input_ids" in text
+    assert torch.equal(ours, conversation(reference)) and model.spec.stats().mode == "rounds"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

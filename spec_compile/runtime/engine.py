@@ -86,6 +86,11 @@ class Engine:
         return torch.cuda.device(self.device) if self.hardware.is_cuda else nullcontext()
 
     @property
+    def compile_seconds(self) -> float:
+        """Time spent so far on tracing, compiling, choosing kernels and capturing graphs."""
+        return self.compiler.seconds + self.capture_seconds
+
+    @property
     def reach(self) -> int:
         """Slots that a round may touch past the last token that counts: the verified window's, or those of the draft."""
         return max(self.shape.num_draft_tokens, 0 if self.draft is None else self.draft.reach) + 2

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from spec_compile.config import RoundShape, chain
 from spec_compile.drafts.base import RoundInputs, Verified
-from spec_compile.hf_integration.generate import GenerateCall
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.round import round_inputs, verify
 from spec_compile.runtime.state import DecodeState, SamplingPlan
@@ -96,7 +95,7 @@ def _walk(slots: Tensor, window: Tensor | None, transcript: Transcript, result: 
     """Emit tokens from the window's logits [B, N, V] as far as the drafts hold; (call complete, tokens emitted)."""
     call = transcript.call
     for slot in range(slots.shape[1]):
-        token, scores = _choose(slots[:, slot], call, transcript.text, result)
+        token, scores = _choose(slots[:, slot], transcript, result)
         if call.has_eos:
             token = token * transcript.unfinished + call.pad_id * (1 - transcript.unfinished)
         if transcript.append(token, scores):
@@ -107,10 +106,12 @@ def _walk(slots: Tensor, window: Tensor | None, transcript: Transcript, result: 
     return False, slot + 1
 
 
-def _choose(logits: Tensor, call: GenerateCall, text: Tensor, result: LockstepResult) -> tuple[Tensor, tuple | None]:
+def _choose(logits: Tensor, transcript: Transcript, result: LockstepResult) -> tuple[Tensor, tuple | None]:
     """One column of tokens, int64 [B], by transformers' own steps."""
+    call, text = transcript.call, transcript.text
     raw = logits.to(copy=True, dtype=torch.float32, device=text.device)
-    scores = call.logits_processor(text, raw)
+    with transcript.away():
+        scores = call.logits_processor(text, raw)
     if result.scores is not None:
         result.scores += (scores,)
     if result.raw_logits is not None:

@@ -7,11 +7,14 @@ criterion cuts off was computed for nothing, never shown.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 
 from spec_compile.hf_integration.generate import GenerateCall
 
@@ -19,13 +22,23 @@ from spec_compile.hf_integration.generate import GenerateCall
 class Transcript:
     """Collects a call's tokens.
 
+    Args:
+        compiling: seconds that this call has spent on making graphs, which ``max_time`` does not count: it limits generating.
+        away: what code of the caller's runs in: criteria, streamer, logits processors.
+
     Attributes:
         rows: per row, its new tokens so far.
         counts: per row, how many of its tokens the caller gets: no padding, nothing that a criterion cut off.
     """
 
-    def __init__(self, call: GenerateCall) -> None:
-        self.call = call
+    def __init__(
+        self,
+        call: GenerateCall,
+        compiling: Callable[[], float] = lambda: 0.0,
+        away: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.call, self._compiling, self.away = call, compiling, away
+        self._criteria, self._clocks = _own_clocks(call.stopping_criteria)
         batch, self.prompt_len = call.input_ids.shape
         self.rows: list[list[int]] = [[] for _ in range(batch)]
         self.counts = [0] * batch
@@ -93,9 +106,12 @@ class Transcript:
         self.text = torch.cat([self.text, column[:, None]], 1)
         self.shown += 1
         self.counts = [n + (not (end and self.call.has_eos)) for n, end in zip(self.counts, self.ended, strict=True)]
-        self.unfinished = self.unfinished & ~self.call.stopping_criteria(self.text, scores)
-        if self.call.streamer is not None:
-            self.call.streamer.put(column.cpu())
+        for clock, started in self._clocks:
+            clock.initial_timestamp = started + self._compiling()
+        with self.away():
+            self.unfinished = self.unfinished & ~self._criteria(self.text, scores)
+            if self.call.streamer is not None:
+                self.call.streamer.put(column.cpu())
         self.ended = [not live for live in self.unfinished.tolist()]
         return all(self.ended)
 
@@ -109,3 +125,9 @@ class Transcript:
             [row + [pad] * (longest - len(row)) for row in self.rows], dtype=torch.int64, device=self.text.device
         )
         return torch.cat([self.call.input_ids, new.view(len(self.rows), longest)], 1)
+
+
+def _own_clocks(criteria: StoppingCriteriaList) -> tuple[StoppingCriteriaList, list[tuple[MaxTimeCriteria, float]]]:
+    """``criteria`` with copies of those that limit the time, and these with their starts: they can be put forward."""
+    own = [copy.copy(c) if type(c) is MaxTimeCriteria else c for c in criteria]
+    return StoppingCriteriaList(own), [(c, c.initial_timestamp) for c in own if type(c) is MaxTimeCriteria]
