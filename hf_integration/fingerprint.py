@@ -189,13 +189,13 @@ def _changed_children(seen: _Module) -> Iterator[str]:
 
 def _hooks_of(*tables: dict[int, Callable]) -> Iterator[tuple[str, Callable]]:
     for what, table in zip(("forward hook", "forward pre-hook"), tables, strict=True):
-        yield from ((what, hook) for hook in table.values() if not _is_idle(hook))
+        yield from ((what, hook) for hook in table.values() if not is_idle(hook))
 
 
 def _hooks(own: dict[str, dict]) -> tuple[tuple[str, int], ...]:
     """Numbers of hooks are never used again."""
     tables = ("_forward_hooks", "_forward_pre_hooks")
-    return tuple((table, number) for table in tables for number, hook in own[table].items() if not _is_idle(hook))
+    return tuple((table, number) for table in tables for number, hook in own[table].items() if not is_idle(hook))
 
 
 def _global_hooks() -> tuple[tuple[str, int], ...]:
@@ -204,7 +204,7 @@ def _global_hooks() -> tuple[tuple[str, int], ...]:
     )
 
 
-def _is_idle(hook: object) -> bool:
+def is_idle(hook: object) -> bool:
     """Hooks that do nothing in a call of ``generate()``: those that transformers leaves on a model after the first call that
     asks for hidden states or attentions (transformers/utils/output_capturing.py), and those that make the embeddings' output
     require gradients, left by gradient checkpointing and by PEFT: under ``no_grad`` nothing does."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spec_compile.hf_integration.fingerprint import is_idle
 from spec_compile.hf_integration.forward_wrappers import patched_forward
 
 
@@ -40,6 +41,10 @@ def private_copy(model: PreTrainedModel, *, in_eval_mode: bool = True) -> PreTra
     for twin in twins.values():
         for name, value in twin.__dict__.items():
             twin.__dict__[name] = _moved(value, twins, memo)
+        for table in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = twin.__dict__[table]  # of its own by now
+            for number in [number for number, hook in hooks.items() if is_idle(hook)]:
+                del hooks[number]
         if in_eval_mode:
             twin.__dict__["training"] = False
     return twins[id(model)]

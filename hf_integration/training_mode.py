@@ -15,7 +15,8 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def training_flags(model: nn.Module) -> tuple[int, ...]:
-    """Ids of the modules that are in training mode. Walks ``__dict__`` by hand, as it is asked in every call."""
+    """Ids of the modules that are in training mode, and how many of these are to checkpoint activations, which releases before
+    transformers 5.24 do without gradients, too. Walks ``__dict__`` by hand, as it is asked in every call."""
     found: list[int] = []
     _walk(model, found)
     return tuple(found)
@@ -25,6 +26,8 @@ def _walk(module: nn.Module, found: list[int]) -> None:
     own = module.__dict__
     if own["training"]:
         found.append(id(module))
+        if own.get("gradient_checkpointing"):
+            found.append(-1)
     for child in own["_modules"].values():
         if child is not None:
             _walk(child, found)

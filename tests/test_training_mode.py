@@ -126,6 +126,18 @@ def test_a_hook_that_acts_in_training_alone_is_not_left_out():
     assert_plain(model, "computes otherwise")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # other names from transformers 5.24 on
+def test_what_gradient_checkpointing_leaves_on_a_model_in_training_mode():
+    """TRL's trainers switch it off around ``generate()`` and on again."""
+    model = compiled()
+    model.train()
+    for _ in range(2):
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_disable()
+        assert_rounds(model)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Wrapped forwards
 
@@ -168,6 +180,7 @@ def test_a_wrapper_that_nobody_knows_is_asked():
 
 
 def test_mixed_precision_stays_plain_with_its_reason():
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer may have been here
     model, accelerator = compiled(), Accelerator(mixed_precision="bf16", cpu=True)
     try:
         for wrap_before in (lambda model: None, _fused_head):

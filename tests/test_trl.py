@@ -15,8 +15,12 @@ OPTIONS = {"draft": "ngram", "min_ngram": 1, "num_steps": 3, "compile": "none", 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's and its own dependencies'
-@pytest.mark.parametrize("behind", [False, True], ids=["compiled before the trainer wraps", "and behind it"])
-def test_every_rollout_of_grpo_is_accelerated_with_live_weights(behind: bool, tmp_path):
+@pytest.mark.parametrize(
+    ("behind", "checkpointing"),
+    [(False, False), (True, True)],
+    ids=["compiled before the trainer wraps", "and behind it, with the trainer's default checkpointing"],
+)
+def test_every_rollout_of_grpo_is_accelerated_with_live_weights(behind: bool, checkpointing: bool, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     model, tokenizer = word_model(), word_tokenizer()
     rollouts, texts = [], []
@@ -40,7 +44,7 @@ def test_every_rollout_of_grpo_is_accelerated_with_live_weights(behind: bool, tm
 
     config = trl.GRPOConfig(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, num_generations=2, max_completion_length=8,
-        learning_rate=0.05, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        learning_rate=0.05, bf16=False, use_cpu=True, gradient_checkpointing=checkpointing, report_to=[], save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
     prompts = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3 w1 w2", "w5 w6 w7", "w9 w8 w9 w8", "w2 w3"] * 4})
