@@ -213,7 +213,7 @@ def _capture(
         check_layer_types(config)
         modeling_modules(model, recurrent_layers(config))
     except CaptureError as error:
-        raise CaptureError(_message(model, str(error))) from error
+        raise CaptureError(refusal(model, str(error))) from error
     twin = private_copy(model, in_eval_mode=in_eval_mode)
     _ask_for_logits_alone(twin)
     with (
@@ -238,14 +238,14 @@ def _capture(
                 mark_dynamic(value, 1)
         _trace(model, step, backend, tuple(inputs.values()))
     if not captured:
-        raise CaptureError(_message(model, "its forward computes nothing from its inputs."))
+        raise CaptureError(refusal(model, "its forward computes nothing from its inputs."))
     if dynamic_length:
         _check_length(model, captured[0], inputs)
     try:
         if context.positions is not None:
             read_windows(captured[0].gm, context.positions)
     except CaptureError as error:
-        raise CaptureError(_message(model, str(error))) from error
+        raise CaptureError(refusal(model, str(error))) from error
     graph = finish(captured[0])
     _check(model, graph)
     _check_positions(model, graph, inputs)
@@ -268,7 +268,7 @@ def _check_positions(model: PreTrainedModel, graph: StageGraph, inputs: dict[str
     bound = {getattr(node.meta["binding"], "name", None) for node in placeholders(graph.gm)}
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if "position_ids" in inputs and "position_ids" not in bound and not takes:
-        raise CaptureError(_message(model, "its forward takes no position_ids, so tokens cannot be told where they stand."))
+        raise CaptureError(refusal(model, "its forward takes no position_ids, so tokens cannot be told where they stand."))
 
 
 def _check_length(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:
@@ -281,7 +281,7 @@ def _check_length(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, T
     fixed = [name for name, length in lengths.items() if not free_symbols(length)]
     if fixed:
         raise CaptureError(
-            _message(model, f"its code makes a constant of the prompts' length (of {fixed[0]}), so one graph cannot serve all.")
+            refusal(model, f"its code makes a constant of the prompts' length (of {fixed[0]}), so one graph cannot serve all.")
         )
 
 
@@ -297,10 +297,10 @@ def _trace(model: PreTrainedModel, forward, backend, args: tuple[Tensor, ...]) -
     except _Captured:
         pass
     except SpecCompileError as error:
-        raise CaptureError(_message(model, str(error))) from error
+        raise CaptureError(refusal(model, str(error))) from error
     except Exception as error:
         cause = next((e for e in _chain(error) if isinstance(e, SpecCompileError)), error)
-        raise CaptureError(_message(model, _reason(cause))) from error
+        raise CaptureError(refusal(model, _reason(cause))) from error
     finally:
         forget_traces(fresh)
 
@@ -322,7 +322,8 @@ def _reason(error: BaseException) -> str:
     return ". ".join([": ".join([lines[0].rstrip("."), *subject[:1]]), *places[-1:]]) + "."
 
 
-def _message(model: PreTrainedModel, reason: str) -> str:
+def refusal(model: PreTrainedModel, reason: str) -> str:
+    """The text of a ``CaptureError``: which model, why, and what still works."""
     return f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be captured: {reason}{PLAIN_WORKS}"
 
 
@@ -374,11 +375,11 @@ def _check(model: PreTrainedModel, graph: StageGraph) -> None:
     layers = sorted(node.meta["binding"].layer for node in caches)
     expected = list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
     if layers != expected:
-        raise CaptureError(_message(model, f"it has {len(expected)} layers but layers {layers} reach the attention interface."))
+        raise CaptureError(refusal(model, f"it has {len(expected)} layers but layers {layers} reach the attention interface."))
     again = sorted(node.meta["binding"].layer for node in caches if len(node.users) > 1)
     if again:
         raise CaptureError(
-            _message(
+            refusal(
                 model,
                 f"layers {again} reach the attention interface more than once in a forward (layers run in a loop, or several "
                 "attentions in one), and a layer has one cache.",
@@ -394,4 +395,5 @@ __all__ = [
     "capture_prefill",
     "capture_window",
     "kv_cache_ops",
+    "refusal",
 ]

@@ -63,7 +63,8 @@ def spec_compile(
         ``model`` itself, with ``model.spec`` (a ``SpecHandle``) attached.
 
     Raises:
-        CaptureError: the architecture cannot be captured; the model is left as it was.
+        CaptureError: the architecture cannot be captured, or what was captured does not compute the model's own logits
+            (``SpecConfig.self_check``); the model is left as it was.
         BackendError: no provider, or not the named one, runs the model's attention here.
         DraftError: the draft cannot serve this model.
         ConfigError: an argument is out of its domain.
@@ -102,6 +103,7 @@ def spec_compile(
         return runner(
             module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
             kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,
+            self_check=config.self_check and stage == "verify",
         )  # fmt: skip
 
     with torch.autocast(device.type, enabled=False):  # it would be traced into graphs that serve calls without it

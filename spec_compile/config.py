@@ -73,6 +73,8 @@ class SpecConfig:
         seed: base of the sampling seeds; None draws one from torch's global generator on every generate(), as
             ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning. Where heads choose rounds by
             measured times (``adaptive`` on a GPU) a seed alone does not fix a sampled text; its law is the same.
+        self_check: ``spec_compile()`` compares the captured graph with the model's own forward on a short random text, and
+            refuses the model where they differ by more than rounding; False leaves that out.
         simulate_accept_length: benchmarks on random weights only: emit this many tokens a round on average (1 to
             num_steps + 1) whatever was drafted. Output is then NOT the model's; ``explain()`` and ``stats()`` say SIMULATED.
             Calls in lockstep (logits processors, scores) judge drafts for real even so, and ``stats()`` says that too.
@@ -97,6 +99,7 @@ class SpecConfig:
     simulate_accept_length: float | None = None
     simulate_accept_rates: tuple[float, ...] | None = None
     progress: bool = True
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -14,6 +14,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.capture import PLAIN_WORKS, capture_prefill, capture_prefill_as_it_is, capture_window
 from spec_compile.hf_integration.fingerprint import Fingerprint, fingerprint, what_changed
 from spec_compile.hf_integration.mask_windows import longest_text
+from spec_compile.hf_integration.self_check import check_capture
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.hf_integration.training_mode import active_dropout, training_flags, what_differs
 from spec_compile.ops import providers
@@ -37,6 +38,7 @@ class ModelRunner:
         kv_dtype: type of the caches; None for the model's own.
         tuner: measures providers for ``backend="tune"``.
         taps: hidden states that programs put out behind their logits, for a draft.
+        self_check: compare what is captured with the model's own forward, once.
 
     Attributes:
         pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
@@ -59,6 +61,7 @@ class ModelRunner:
         kv_dtype: torch.dtype | None = None,
         tuner: Tuner | None = None,
         taps: tuple[Tap, ...] = (),
+        self_check: bool = False,
     ) -> None:
         self.taps = taps
         self.model, self.stage, self.hardware, self.backend, self.compiler = model, stage, hardware, backend, compiler
@@ -80,6 +83,8 @@ class ModelRunner:
         self._state_layout = state_pool.state_layout(first.graph)
         self.longest_text: int | None = None
         if stage == "verify":
+            if self_check:
+                check_capture(model, self._captured["prefill",])
             self.longest_text = longest_text(self._captured["prefill",], model.config.get_text_config(decoder=True))
             if not self.recurrent:
                 check_delta_rules(backend)
