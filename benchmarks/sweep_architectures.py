@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import multiprocessing
 import os
 import pathlib
@@ -116,19 +117,22 @@ def prompts(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def architecture_of(model_type: str) -> str:
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return names if isinstance(names, str) else names[0]
+
+
 def try_out(model_type: str) -> Row:
     """Build, generate plainly, compile, generate again."""
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    architecture = architecture if isinstance(architecture, str) else architecture[0]
 
     def row(result: str, note: object = "") -> Row:
-        return Row(model_type, architecture, result, short(note))
+        return Row(model_type, architecture_of(model_type), result, short(note))
 
     try:
         model = build(model_type)
     except Exception as error:
         return row("not built", error)
-    calls = [prompts(3, 21), prompts(1, 30)]
+    calls = [prompts(3, 21), prompts(3, 30)]  # of one batch size: it has graphs of its own
 
     def texts() -> list[Tensor]:
         return [model.generate(**call, max_new_tokens=NEW_TOKENS, do_sample=False) for call in calls]
@@ -185,7 +189,7 @@ def guarded(model_type: str) -> Row:
     try:
         return results.get(timeout=SECONDS)
     except Exception:
-        return Row(model_type, "", "not built", f"no answer within {SECONDS} s and {BYTES >> 30} GiB")
+        return Row(model_type, architecture_of(model_type), "not built", f"no answer within {SECONDS} s and {BYTES >> 30} GiB")
     finally:
         process.kill()
         process.join()
@@ -222,12 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the sweep; the exit status is 1 if any text differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="model types, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=pathlib.Path, help="write the table there")
     args = parser.parse_args(arguments)
     rows = []
-    for model_type in args.only.split(",") if args.only else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(guarded(model_type))
-        print(*(f"{part:24}" for part in (model_type, rows[-1].result)), rows[-1].note, flush=True)
+    model_types = args.only.split(",") if args.only else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(guarded, model_types):
+            rows.append(row)
+            print(f"{row.model_type:24} {row.result:12} {row.note}", flush=True)
     if args.out is not None:
         args.out.write_text(page(rows))
     return int(any(row.result == "differs" for row in rows))
