@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import multiprocessing
 import os
 import pathlib
 import re
 import resource
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -172,27 +175,41 @@ def short(note: object) -> str:
     return text if len(text) <= 160 else text[:157] + "…"
 
 
-def _child(model_type: str, results: multiprocessing.Queue) -> None:
+def _child(model_type: str, results: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     torch.set_num_threads(1)
     os.close(2)  # what libraries say of half-built configurations
     os.open(os.devnull, os.O_WRONLY)
-    results.put(try_out(model_type))
+    results.send(try_out(model_type))
 
 
-def guarded(model_type: str) -> Row:
-    """``try_out`` in a process that may be killed."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    process = context.Process(target=_child, args=(model_type, results))
-    process.start()
-    try:
-        return results.get(timeout=SECONDS)
-    except Exception:
-        return Row(model_type, architecture_of(model_type), "not built", f"no answer within {SECONDS} s and {BYTES >> 30} GiB")
-    finally:
-        process.kill()
-        process.join()
+def sweep(model_types: list[str], jobs: int) -> Iterator[Row]:
+    """``try_out`` of each, in processes that may be killed, as they finish."""
+    context = multiprocessing.get_context("fork")  # nothing is imported again
+    waiting, running = model_types[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(waiting[-1], writer))
+            process.start()
+            writer.close()
+            running[reader] = process, waiting.pop(), time.monotonic() + SECONDS
+        ready = connection.wait(list(running), timeout=1.0)
+        for reader, (process, model_type, deadline) in list(running.items()):
+            if reader not in ready and time.monotonic() < deadline:
+                continue
+            try:
+                yield reader.recv() if reader in ready else late(model_type)
+            except EOFError:  # it died
+                yield late(model_type)
+            process.kill()
+            process.join()
+            del running[reader]
+
+
+def late(model_type: str) -> Row:
+    reason = f"no answer within {SECONDS} s and {BYTES >> 30} GiB"
+    return Row(model_type, architecture_of(model_type), "not built", reason)
 
 
 def page(rows: list[Row]) -> str:
@@ -231,10 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     rows = []
     model_types = args.only.split(",") if args.only else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(guarded, model_types):
-            rows.append(row)
-            print(f"{row.model_type:24} {row.result:12} {row.note}", flush=True)
+    for row in sweep(model_types, args.jobs):
+        rows.append(row)
+        print(f"{row.model_type:24} {row.result:12} {row.note}", flush=True)
     if args.out is not None:
         args.out.write_text(page(rows))
     return int(any(row.result == "differs" for row in rows))
