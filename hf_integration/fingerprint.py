@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from spec_compile.hf_integration.forward_wrappers import patched_forward
 from spec_compile.hf_integration.python_state import Attributes, Remembered, changed_attributes, differences, equal, remember
+from spec_compile.hf_integration.transformers_private import PRIVATE_SETTINGS
 
 # The dictionaries that every module has; what is in them is looked at by itself.
 _TABLES = frozenset(nn.Module().__dict__)
@@ -24,8 +25,8 @@ _IDLE_ATTRIBUTES = _TABLES | {
 }  # fmt: skip
 _IDLE_SETTINGS = frozenset({
     "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "_name_or_path", "name_or_path", "architectures", "id2label",
-    "label2id", "transformers_version", "return_dict", "output_hidden_states", "output_attentions", "_commit_hash", "dtype",
-    "_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions", "_output_hidden_states",
+    "label2id", "transformers_version", "return_dict", "output_hidden_states", "output_attentions", "dtype",
+    *PRIVATE_SETTINGS,
 })  # fmt: skip
 _MANY_BASES = (nn.Module, PreTrainedModel, GenerationMixin, object)  # what generate() and trainers need of them is no forward
 

@@ -25,6 +25,15 @@ CALLED_BY_THE_LOOP = (
     "get_compiled_call",
 )
 
+# Attributes of configurations that no forward reads: where one came from, and what the properties without underscore stand on.
+PRIVATE_SETTINGS = (
+    "_commit_hash",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "_output_attentions",
+    "_output_hidden_states",
+)
+
 
 def attention_name(config: PretrainedConfig) -> str | None:
     """The attention implementation that a configuration names."""

@@ -39,7 +39,7 @@ def private_names(source: str) -> list[str]:
             dotted = [alias.name for alias in node.names if re.match(r"(torch|transformers)\b", alias.name)]
         elif isinstance(node, ast.Attribute):
             text = ast.unparse(node)
-            dotted = [text] if text.startswith("torch.") or (f"{node.attr}" in HUGGING_FACE and node.attr[0] == "_") else []
+            dotted = [text] if re.fullmatch(r"torch(\.\w+)+", text) or node.attr in HUGGING_FACE else []
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in HUGGING_FACE:
             dotted = [node.value]
         else:
