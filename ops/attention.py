@@ -60,6 +60,27 @@ def as_cached(new: Tensor, dtype: torch.dtype) -> Tensor:
     return to_cache(new, dtype).to(new.dtype)
 
 
+def hide_broken(k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of which those that are masked cannot be felt, not even where they are no numbers.
+
+    Masks are applied to scores, and a weight of 0 times a NaN is NaN: a refused draft whose values overflow would spoil the
+    tokens before it. So where a head's values are not finite, its keys become NaN and its values 0: whoever sees that token
+    gets NaN as ever, by its score, and nobody else notices.
+
+    Args:
+        k: [..., Hkv, D]; v: [..., Hkv, Dv].
+        dtype: of the cache, which may make numbers of infinities (``to_cache``).
+    """
+    broken = ~as_cached(v, dtype).isfinite().all(-1, keepdim=True)
+    return k.masked_fill(broken, float("nan")), v.masked_fill(broken, 0.0)
+
+
+def hide_broken_latent(kv: Tensor, v_dim: int, dtype: torch.dtype) -> Tensor:
+    """``hide_broken`` of latent entries [..., C + R], whose values are a part of their keys: the rotary part becomes NaN."""
+    rotary, latent = hide_broken(kv[..., v_dim:], kv[..., :v_dim], dtype)
+    return torch.cat([latent, rotary], -1)
+
+
 def cache_places(page_table: Tensor, row: Tensor, position: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """(page, offset) of positions of rows: two int64 tensors of the shape that ``row`` and ``position`` broadcast to.
 
@@ -91,7 +112,8 @@ def masked_softmax_attend(
 ) -> Tensor:
     """Attention of q [B, N, Hq, D] over k [B, S, Hkv, D], v [B, S, Hkv, Dv] where ``visible`` [B, N, S]; [B, N, Hq, Dv].
 
-    A query that sees nothing gets zeros. Invisible keys and values may hold NaN.
+    A query that sees nothing gets zeros. Invisible keys may hold NaN, and so may values that nobody sees (those that somebody
+    sees have been through ``hide_broken``).
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
@@ -156,6 +178,9 @@ def attention(
 ) -> Tensor:
     """Append the window's keys and values to the paged cache, then attend to the prefix and to the window.
 
+    What a token of the window does not see, it does not feel: not even keys and values that are NaN or infinite. A token that
+    sees such gets NaN in the head. The cache may hold them as they are or as ``hide_broken`` makes them.
+
     Args:
         q: [B, N, Hq, D].
         k: [B, N, Hkv, D]; rotated, as it goes into the cache.
@@ -173,6 +198,7 @@ def attention(
     Returns:
         [B, N, Hq, Dv], contiguous, in q's dtype.
     """
+    k, v = hide_broken(k, v, v_cache.dtype)
     append_window(k, k_cache, page_table, cache_len)
     append_window(v, v_cache, page_table, cache_len)
     slots = cache_slots(page_table, k_cache.shape[1])
@@ -213,7 +239,7 @@ def mla_attention(
     Returns:
         [B, N, Hq, C], contiguous.
     """
-    append_window(kv, kv_cache, page_table, cache_len)
+    append_window(hide_broken_latent(kv, v_dim, kv_cache.dtype), kv_cache, page_table, cache_len)
     slots = cache_slots(page_table, kv_cache.shape[1])
     visible = _window_and_prefix_visibility(tree_mask, cache_len, q.shape[1], slots.shape[1], 0)
     latent = kv_cache.flatten(0, 1)[slots][:, :, None]  # [B, S, 1, C + R]
@@ -279,7 +305,7 @@ def prefill_attention(
     """
     write_packed(k, k_cache, page_table, cu_seqlens, window)
     write_packed(v, v_cache, page_table, cu_seqlens, window)
-    k, v = as_cached(k, k_cache.dtype), as_cached(v, v_cache.dtype)
+    k, v = hide_broken(as_cached(k, k_cache.dtype), as_cached(v, v_cache.dtype), v_cache.dtype)
     visible = _packed_visibility(cu_seqlens, q.shape[0], window)
     return masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0].contiguous()
 
@@ -303,7 +329,7 @@ def mla_prefill_attention(
     """``prefill_attention`` in latent space, q [T, Hq, C + R], kv [T, C + R] -> [T, Hq, C]"""
     write_packed(kv, kv_cache, page_table, cu_seqlens)
     visible = _packed_visibility(cu_seqlens, q.shape[0], 0)
-    latent = as_cached(kv, kv_cache.dtype)[None, :, None]
+    latent = hide_broken_latent(as_cached(kv, kv_cache.dtype), v_dim, kv_cache.dtype)[None, :, None]
     return masked_softmax_attend(q[None], latent, latent[..., :v_dim], visible[None], scale, 0.0, None)[0].contiguous()
 
 

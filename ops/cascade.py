@@ -109,6 +109,7 @@ def cascade_merge(
             q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
             partial, partial_lse,
         )  # fmt: skip
+    k, v = generic.hide_broken(k, v, v_cache.dtype)
     generic.append_window(k, k_cache, page_table, cache_len)
     generic.append_window(v, v_cache, page_table, cache_len)
     num_tokens, page_size = q.shape[1], k_cache.shape[1]

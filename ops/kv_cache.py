@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spec_compile.ops.attention import append_window, window_places, write_packed
+from spec_compile.ops.attention import append_window, hide_broken, window_places, write_packed
 
 
 @torch.library.custom_op("spec_compile::kv_write", mutates_args=("k_cache", "v_cache"))
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cache_len: Tensor) -> None:
-    """Write a window's keys and values behind each row's committed slots.
+    """Write a window's keys and values behind each row's committed slots, as ``ops.attention.hide_broken`` makes them: kernels
+    that read the window from there apply its mask to scores.
 
     Args:
         k: [B, N, Hkv, D]; v: [B, N, Hkv, Dv]. Any strides with a contiguous last dim.
@@ -26,6 +27,7 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table:
         page_table: int32 [B, M].
         cache_len: int32 [B]; not advanced.
     """
+    k, v = hide_broken(k, v, v_cache.dtype)
     append_window(k, k_cache, page_table, cache_len)
     append_window(v, v_cache, page_table, cache_len)
 

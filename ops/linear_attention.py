@@ -63,10 +63,17 @@ def window_delta_rule(
         visible: bool [B, N, N], row i sees its ancestors and itself.
 
     Returns:
-        [B, N, Hv, Dv] in the state's dtype.
+        [B, N, Hv, Dv] in the state's dtype; NaN where a token sees one that is not finite. What it does not see it does not
+        feel, though it be NaN: the products above have a 0 for it, and 0 * NaN is NaN.
     """
-    out, _ = _solve(q, k, v, g, beta, state, visible, scale)
-    return out.transpose(1, 2)
+    group = v.shape[2] // k.shape[2]
+    finite = k.isfinite().all(-1).repeat_interleave(group, 2) & v.isfinite().all(-1) & g.isfinite() & beta.isfinite()
+    if k.device.type == "cpu" and bool(finite.all()):  # a host read is free there
+        return _solve(q, k, v, g, beta, state, visible, scale)[0].transpose(1, 2)
+    k, v, g, beta = (torch.where(x.isfinite(), x, 0.0) for x in (k, v, g, beta))
+    out = _solve(q, k, v, g, beta, state, visible, scale)[0].transpose(1, 2)
+    spoilt = visible.float() @ (~finite).float() > 0  # [B, N, Hv]
+    return out.masked_fill(spoilt[..., None], float("nan"))
 
 
 def _solve(

@@ -53,6 +53,7 @@ class Case:
     latent: bool = False  # MLA
     stage: str = "verify"
     outliers: bool = False  # new keys and values beyond what float8 holds
+    broken: bool = False  # in every row a token behind the first whose values (or keys, in one head) are no numbers
 
     @property
     def op(self) -> str:
@@ -157,6 +158,7 @@ class Problem:
     rows: list[Tensor | None]
     tail: list
     private: Tensor
+    broken: Tensor | None = None  # bool, the new tokens that are no numbers: [rows, num_tokens] or [T]
 
     @property
     def args(self) -> tuple:
@@ -175,6 +177,18 @@ class Problem:
         for cache in caches:
             cache[unshared] = NAN  # pages that exist for the reference only
         return out, caches
+
+    def unclear_slots(self) -> Tensor:
+        """Flat cache slots of broken tokens, which a provider may hold as they are or as ``hide_broken`` makes them."""
+        if self.broken is None:
+            return torch.zeros(0, dtype=torch.int64, device=self.private.device)
+        at = self.broken.nonzero()
+        if self.case.packed:
+            row, position = generic.packed_rows(self.rows[1], self.broken.shape[0])
+            row, position = row[at[:, 0]], position[at[:, 0]]
+        else:
+            row, position = at[:, 0], self.rows[1].long()[at[:, 0]] + at[:, 1]
+        return generic.cache_slots(self.private, self.case.page_size)[row, position]
 
 
 def make_problem(case: Case, dtype: torch.dtype, device: str, kv_dtype: torch.dtype | None = None) -> Problem:
@@ -199,7 +213,38 @@ def make_problem(case: Case, dtype: torch.dtype, device: str, kv_dtype: torch.dt
         sinks = torch.randn(hq, device=device).to(dtype) if case.sinks else None
         tail = [d**-0.5, case.window, case.softcap, sinks]
     caches = [filled_cache(pages, private, case, shape, kv_dtype or dtype) for shape in shapes]
-    return Problem(case, new, caches, rows, tail, private)
+    broken = break_tokens(new, case, lead) if case.broken else None
+    return Problem(case, new, caches, rows, tail, private, broken)
+
+
+def break_tokens(new: list[Tensor], case: Case, lead: tuple[int, ...]) -> Tensor:
+    """Make a token of every row one that is no number, its last if it sees no other: bool [*lead]; keys and values in place."""
+    broken = torch.zeros(lead, dtype=torch.bool, device=new[0].device)
+    if case.packed:
+        ends = torch.tensor(case.lengths).cumsum(0).tolist()
+        places = [(end - 1 - length // 2,) for end, length in zip(ends, case.lengths, strict=True) if length > 1]
+    else:
+        places = [(row, case.num_tokens - 1 - row % max(case.num_tokens - 1, 1)) for row in range(len(case.lengths))]
+    for number, at in enumerate(places):
+        broken[at] = True
+        values = new[-1][at]  # [Hkv, Dv], or latent [C + R]
+        bad = (NAN, float("inf"), -float("inf"))[number % 3]
+        if case.latent:
+            values[: case.dims[1]][number % case.dims[1] :: 7] = bad
+        else:
+            values[0, number % case.dims[1] :: 7] = bad
+            new[1][at][-1] = bad  # the last head's keys
+    return broken
+
+
+def settle(out: Tensor, expected: Tensor, live: slice) -> tuple[Tensor, Tensor]:
+    """Both with 0 in those head vectors that hold a NaN: they must be the same ones, and some are (tokens see themselves)."""
+    lost = [(~x.isfinite()).any(-1, keepdim=True) for x in (out[live], expected[live])]
+    assert torch.equal(*lost), "NaN reached tokens that do not see it, or was lost to those that do"
+    assert lost[0].any() and not lost[0].all()
+    out, expected = out.clone(), expected.clone()
+    out[live], expected[live] = out[live].masked_fill(lost[0], 0.0), expected[live].masked_fill(lost[0], 0.0)
+    return out, expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,9 +302,15 @@ def check(
     for _ in range(2):
         with poisoned_empty():
             outs.append(op(*problem.args))
-    assert torch.equal(outs[0][case.live], outs[1][case.live]), "two calls on the same inputs differ"
-    found = check_output(outs[0], expected, case, dtype)
+    assert torch.equal(*(x[case.live].nan_to_num() for x in outs)), "two calls on the same inputs differ"
+    out = outs[0]
+    if case.broken:
+        out, expected = settle(out, expected, case.live)
+    found = check_output(out, expected, case, dtype)
+    unclear = problem.unclear_slots()
     for cache, want in zip(problem.caches, caches, strict=True):
+        cache, want = cache.clone(), want.clone()
+        cache.flatten(0, 1)[unclear], want.flatten(0, 1)[unclear] = 0, 0
         assert same_cache(cache, want), "the caches differ from the reference's: lost, misplaced or stray writes"
     return found
 
@@ -316,11 +367,19 @@ CASES = {
     "latent": Case((300, 0, 77), 6, (5, 1), (576, 512), 64, tree=True, padding_rows=1, latent=True),
     "latent_chain": Case((300, 0, 77), 6, (5, 1), (576, 512), 64, padding_rows=1, latent=True),
     "latent_128_heads": Case((300, 0, 77), 6, (128, 1), (576, 512), 64, tree=True, padding_rows=1, latent=True),
+    # What is masked is not felt, though it be NaN: a refused draft's keys and values, wherever in the window it stands.
+    "broken_chain": Case((300, 0, 77), 6, (8, 2), (128, 128), 64, padding_rows=1, broken=True),
+    "broken_tree": Case((300, 0, 77, 16), 13, (8, 2), (64, 64), 16, tree=True, padding_rows=1, broken=True),
+    "broken_split": Case((3000,), 8, (16, 2), (64, 64), 64, tree=True, window=1500, sinks=True, broken=True),
+    "broken_window_softcap": Case((1000, 5, 128), 5, (8, 2), (128, 128), 64, window=9, softcap=30.0, broken=True),
+    "broken_latent": Case((300, 0, 77), 6, (5, 1), (576, 512), 64, tree=True, padding_rows=1, latent=True, broken=True),
+    "broken_prefill": Case((300, 0, 1, 129, 64), 0, (8, 2), (128, 128), 64, packed=True, broken=True),
+    "broken_prefill_window": Case((700, 50, 300), 0, (8, 2), (64, 64), 64, packed=True, window=100, broken=True),
     "latent_prefill": Case((100, 0, 70), 0, (5, 1), (576, 512), 64, packed=True, latent=True),
 }
 
 # What each provider refuses of them on an H200 in bfloat16 and float16; everything else must run.
-_LATENT = {"latent", "latent_chain", "latent_128_heads", "latent_prefill"}
+_LATENT = {"latent", "latent_chain", "latent_128_heads", "latent_prefill", "broken_latent"}
 _UNEQUAL_DIMS = {"d96_dv64", "prefill_d96_dv64"}
 MAY_REFUSE: dict[str, set[str]] = {
     "torch": set(),
@@ -329,5 +388,8 @@ MAY_REFUSE: dict[str, set[str]] = {
     "flashinfer": _LATENT
     | _UNEQUAL_DIMS
     | {"softcap", "softcap_chain", "softcap_sinks", "d256_softcap", "split_softcap_d256", "prefill_softcap_sinks"}
-    | {"tree64_window_sinks", "window_below_page", "split_window_sinks"},
+    | {"tree64_window_sinks", "window_below_page", "split_window_sinks", "broken_split", "broken_window_softcap"},
 }
+# Prompts go whole to these libraries' kernels, which apply their causal mask to scores: in a tile with a NaN, tokens before it
+# get NaN too. A prompt's last token sees it in any case, and only that one's logits are used.
+FEELS_MASKED_PROMPTS = {"fa4", "flashinfer"}

@@ -263,6 +263,31 @@ def check_window(
     same(there.state[:, untouched], before.state[:, untouched])
 
 
+def check_unseen(implementation: Implementation, *, num_tokens: int, tree: bool, dtype: torch.dtype = torch.float32) -> None:
+    """A token that is no number spoils those that stand behind it, and is not felt by the others."""
+    heads, rows, device = Heads(), 3, implementation.device
+    pool, window = random_pool(rows, num_tokens, heads, dtype), random_window(rows, num_tokens, heads, dtype)
+    parents = random_parents(rows, num_tokens, tree)
+    mask = pack_mask(parents)
+    args = [*split(window.x.contiguous(), heads), window.a, window.b, window.A_log, window.dt_bias]
+    outs = []
+    for number in (1.0, NAN, float("inf")):
+        given = [x.clone().to(device) for x in args]
+        for row in range(rows):
+            given[1][row, num_tokens - 1 - row, :, 0] *= number
+            given[2][row, num_tokens - 1 - row] *= number
+        there = pool.to(device)
+        buffers = there.state[1], there.kv_window[1], there.gate_window[1], there.slots
+        out = implementation.gdn_verify(*given, *buffers, mask.to(device) if tree else None, heads.key_dim**-0.5)
+        outs.append(out.cpu())
+    for row in range(rows - 1):  # the last is a padding row
+        bad = num_tokens - 1 - row
+        sees = torch.tensor([bool(int(mask[row, token, bad // 32]) >> bad % 32 & 1) for token in range(num_tokens)])
+        for out in outs[1:]:
+            assert out[row, ~sees].equal(outs[0][row, ~sees]), "a token was felt that is not seen"
+            assert not out[row, sees].isfinite().all(2).all(1).any(), "a token was not felt that is seen"
+
+
 def random_path(parents: list[int], *, stop: bool) -> list[int]:
     """From the root to a random token; nothing if ``stop``."""
     if stop:

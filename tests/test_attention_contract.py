@@ -28,6 +28,12 @@ SMALL = {
     "latent_chain": Case((40, 5), 3, (4, 1), (40, 32), latent=True),
     "latent_prefill": Case((20, 5), 0, (4, 1), (40, 32), packed=True, latent=True),
     "outliers": Case((30, 9), 4, (4, 2), (32, 32), tree=True, outliers=True),
+    "broken_chain": Case((33, 0, 64), 4, (4, 2), (32, 32), padding_rows=1, broken=True),
+    "broken_tree": Case((33, 17, 3), 9, (4, 2), (32, 16), tree=True, sinks=True, broken=True),
+    "broken_window": Case((90, 3), 5, (4, 2), (32, 32), window=3, softcap=5.0, broken=True),
+    "broken_latent": Case((40, 5, 0), 5, (4, 1), (40, 32), tree=True, latent=True, broken=True),
+    "broken_prefill": Case((30, 0, 17), 0, (4, 2), (32, 32), packed=True, broken=True),
+    "broken_latent_prefill": Case((20, 5), 0, (4, 1), (40, 32), packed=True, latent=True, broken=True),
 }
 
 

@@ -141,3 +141,32 @@ def test_greedy_text_over_nan_is_plain_transformers() -> None:
     spec_compile(model, draft="ngram", num_steps=3, **QUICK)
     settings = left_padded(2, PROMPT) | {"do_sample": False, "max_new_tokens": 6}
     assert plain.generate(**settings).equal(model.generate(**settings))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a refused draft
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
+def test_a_refused_token_that_is_no_number_is_not_felt(kind: str) -> None:
+    """Token 0's embedding is NaN; the model never says it, and the draft says nothing else."""
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    for each in (plain, model):
+        each.model.embed_tokens.weight[0] = float("nan")
+        each.lm_head.weight[0] = 0.0
+    if kind == "causal_lm":
+        draft = tiny_model("llama", seed=1, num_hidden_layers=1)
+    else:
+        draft = random_eagle3_head(model, draft_vocab_size=80)
+        draft.draft_ids.copy_(torch.arange(80))
+    draft.lm_head.weight.zero_()  # all tokens are alike, and the first is taken
+    spec_compile(model, draft=draft, num_steps=3, **QUICK)
+    inputs = {"input_ids": left_padded(1, PROMPT)["input_ids"], "do_sample": False, "max_new_tokens": 10}
+    expected = plain.generate(**inputs)
+    assert 0 not in expected[0].tolist() and len(set(expected[0, PROMPT:].tolist())) > 2
+    for shape in ("3/1/4", "2/2/4") if kind == "eagle3" else ("",):
+        if shape:
+            reshape(model, **options_of(shape))
+        assert model.generate(**inputs).equal(expected), shape
+        assert model.spec.stats().mode == "rounds"

@@ -8,6 +8,7 @@ from gdn_contract import (
     Heads,
     Implementation,
     check_prompts,
+    check_unseen,
     check_window,
     pack_mask,
     random_parents,
@@ -41,6 +42,12 @@ def test_windows_of_other_kinds():
 def test_prompts(lengths):
     check_prompts(REFERENCE, lengths)
     check_prompts(REFERENCE, lengths, dtype=torch.bfloat16, bias=True, heads=Heads(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_what_is_not_seen_is_not_felt(tree):
+    for num_tokens in (4, 9, 33):
+        check_unseen(REFERENCE, num_tokens=num_tokens, tree=tree)
 
 
 def test_a_wrong_ancestor_is_seen():

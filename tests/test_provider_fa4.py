@@ -254,6 +254,8 @@ SMALL = {
     "window_below_page": Case((90, 5, 16), 5, (4, 2), (16, 16), 64, window=7),
     "softcap": Case((50, 3), 4, (4, 2), (16, 16), 16, softcap=2.0, sinks=True, tree=True),
     "wide_tree": Case((70,), 40, (2, 1), (16, 16), 16, tree=True),
+    "broken": Case((37, 0, 64), 4, (6, 2), (32, 16), 16, padding_rows=1, broken=True),
+    "broken_tree": Case((90, 5, 48), 9, (4, 2), (16, 48), 16, tree=True, window=20, softcap=2.0, broken=True),
     "prefill": Case((40, 0, 1, 30), 0, (4, 2), (16, 32), 16, packed=True),
     "prefill_window": Case((40, 5), 0, (3, 1), (16, 16), 16, packed=True, window=9, sinks=True, softcap=3.0),
 }

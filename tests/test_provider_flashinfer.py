@@ -266,6 +266,8 @@ WINDOWS = {
     "chain_window_sinks": Case((70, 0, 16), 5, (6, 2), (16, 16), window=9, sinks=True),
     "tree_sinks": Case((70, 0, 16), 6, (3, 1), (32, 32), 32, tree=True, sinks=True, padding_rows=2),
     "tree33": Case((3, 40), 33, (2, 1), (16, 16), tree=True, spare_columns=4),
+    "broken": Case((70, 0, 16), 5, (4, 2), (16, 16), padding_rows=1, broken=True),
+    "broken_tree": Case((70, 0, 16), 9, (3, 1), (32, 32), 32, tree=True, sinks=True, broken=True),
 }
 PROMPTS = {
     "ragged": Case((30, 0, 1, 17), 0, (4, 2), (64, 64), 16, packed=True),

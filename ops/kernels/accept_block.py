@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _is_finite, _noise_key, _rows, _uniform
+from spec_compile.ops.kernels.online_softmax import is_finite
+from spec_compile.ops.kernels.round_ops import VOCAB_BLOCK, _best, _exponential, _noise_key, _rows, _uniform
 from spec_compile.ops.kernels.split_kv import COUNTERS
 from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM
 
@@ -25,7 +26,7 @@ def _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_
     target = tl.load(target_ptr + slot.to(tl.int64) * stride_tn + token, mask=valid, other=0.0)
     # Rounded as the CPU rounds it, so that both keep the same drafts.
     draft = tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0)
-    is_law = tl.where(_is_finite(draft), 1, 0)
+    is_law = tl.where(is_finite(draft), 1, 0)
     ratio = tl.where(is_law > 0, tl.div_rn(target, draft), 0.0)
     reach, last = tl.full((BLOCK_N,), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
     for j in range(0, N - 1):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spec_compile.ops.kernels.cache_dtype import to_cache
 from spec_compile.ops.kernels.decode_config import DecodeConfig, choose_config, choose_splits
-from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
+from spec_compile.ops.kernels.online_softmax import LOG2_E, any_broken, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.split_kv import COUNTERS, merge_splits
 from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
 
@@ -58,7 +58,14 @@ def _attend_window(
         if not SHARED_KV:
             v_rows = v_ptr + col * stride_vn
             new_v = tl.load(v_rows[:, None] + dv[None, :], mask=col_ok[:, None] & (dv < DV)[None, :], other=0.0)
-        # The window is attended to as the cache holds it, in every tile alike.
+        # The window is attended to as the cache holds it, in every tile alike. ``hide_broken``: what is masked is not felt.
+        broken = any_broken(to_cache(new_v, v_cache_ptr.dtype.element_ty))
+        if SHARED_KV:
+            new_kr = tl.where(broken, float("nan"), new_kr)
+            new_k = tl.where(broken, 0.0, new_k)
+        else:
+            new_k = tl.where(broken, float("nan"), new_k)
+        new_v = tl.where(broken, 0.0, new_v)
         new_k = to_cache(new_k, k_cache_ptr.dtype.element_ty)
         new_kr = to_cache(new_kr, k_cache_ptr.dtype.element_ty)
         new_v = to_cache(new_v, v_cache_ptr.dtype.element_ty)

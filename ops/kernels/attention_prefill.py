@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spec_compile.ops.attention import as_cached
-from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
+from spec_compile.ops.kernels.online_softmax import LOG2_E, any_broken, is_finite, logits, normalize, online_softmax_step
 
 
 @triton.jit
@@ -33,8 +33,10 @@ def _attend_blocks(
     HAS_SOFTCAP: tl.constexpr,
     SHARED_KV: tl.constexpr,
     STAGES: tl.constexpr,
+    HIDE: tl.constexpr = False,
 ):  # fmt: skip
-    """Walk keys [begin, end) of one prompt. Without MASKED every row of the tile must see all of them."""
+    """Walk keys [begin, end) of one prompt. Without MASKED every row of the tile must see all of them. HIDE: what is masked is
+    not felt, though it be NaN (``ops.attention.hide_broken``)."""
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     rd = D + tl.arange(0, BLOCK_RD)
@@ -60,6 +62,14 @@ def _attend_blocks(
                 v = tl.load(v_rows[:, None] + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
             else:
                 v = tl.load(v_rows[:, None] + dv[None, :])
+        if HIDE:
+            broken = any_broken(v)
+            if SHARED_KV:
+                kr = tl.where(broken, float("nan"), kr)
+                k = tl.where(broken, 0.0, k)
+            else:
+                k = tl.where(broken, float("nan"), k)
+            v = tl.where(broken, 0.0, v)
         scores = logits(q, qr, k, kr, scale, softcap, R > 0, HAS_SOFTCAP)
         if MASKED:
             visible = key[None, :] <= position[:, None]
@@ -176,6 +186,14 @@ def _prefill_kernel(
         full_high, high, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak,
         total, acc, D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, True, HAS_WINDOW, HAS_SOFTCAP, SHARED_KV, STAGES,
     )  # fmt: skip
+    if tl.max(tl.max(tl.where(is_finite(acc), 0, 1), 1), 0) > 0:  # a value is no number: again, felt by who sees it
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        peak, total, acc = _attend_blocks(
+            low, high, q, qr, k_ptr, v_ptr, position, length, scale, softcap, window, stride_kt, stride_vt, peak, total, acc,
+            D, R, DV, BLOCK_N, BLOCK_D, BLOCK_RD, BLOCK_DV, True, HAS_WINDOW, HAS_SOFTCAP, SHARED_KV, 1, True,
+        )  # fmt: skip
 
     sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if HAS_SINKS:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spec_compile.ops.cascade import folded_columns
-from spec_compile.ops.kernels.online_softmax import LOG2_E, logits, normalize, online_softmax_step
+from spec_compile.ops.kernels.online_softmax import LOG2_E, any_broken, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
 
 # Partial results that one program of ``cascade_merge`` takes in. On an H200 one row of 8 tokens and 32 heads of 128 dims takes
@@ -192,6 +192,7 @@ def _cascade_merge_kernel(
         v_ok = col_ok[:, None] & (dv < DV)[None, :]
         k = tl.load((k_ptr + col * stride_kn)[:, None] + d[None, :], mask=k_ok, other=0.0)
         v = tl.load((v_ptr + col * stride_vn)[:, None] + dv[None, :], mask=v_ok, other=0.0)
+        broken = any_broken(v)  # among this program's dims
         if part == 0:
             slot = prefix + col
             column = slot // PAGE_SIZE
@@ -207,6 +208,7 @@ def _cascade_merge_kernel(
             if HAS_TREE:
                 col_depth = token_depth(mask_ptr, col, col_ok, stride_mn, stride_mw, WORDS)
             seen = seen & (depth[:, None] - col_depth[None, :] < window)
+        k, v = tl.where(broken, float("nan"), k), tl.where(broken, 0.0, v)  # ``ops.attention.hide_broken``
         scores = tl.where(seen, logits(q, q, k, k, scale, softcap, False, HAS_SOFTCAP), float("-inf"))
         peak, total, acc = online_softmax_step(scores, v, peak, total, acc)
 

@@ -140,7 +140,8 @@ def _verify_kernel(
         for here in range(start, tl.minimum(start + BLOCK_J, N)):
             u = tl.sum(tl.where(line[:, None] == here, acc, 0.0), 0)  # [V]
             coefficient = tl.sum(tl.where(col[None, :] == here, coefficients, 0.0), 1)  # [2N]
-            acc -= coefficient[:, None] * u[None, :]
+            # Where it is 0, ``here`` is not seen: it must not be felt either, and may hold NaN.
+            acc -= tl.where((coefficient != 0.0)[:, None], coefficient[:, None] * u[None, :], 0.0)
     at = ((row * N + token) * VALUE_HEADS + head) * DV
     written = (valid & is_query)[:, None] & values
     tl.store(out_ptr + at[:, None] + value[None, :], (acc * scale).to(out_ptr.dtype.element_ty), mask=written)

@@ -43,6 +43,17 @@ def normalize(peak, total, acc, sink):
 
 
 @triton.jit
+def is_finite(x):
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def any_broken(v):
+    """Which rows of ``v`` [BLOCK, dims] are not finite: bool [BLOCK, 1]; for ``ops.attention.hide_broken``."""
+    return tl.max(tl.where(is_finite(v), 0, 1), 1)[:, None] > 0
+
+
+@triton.jit
 def logits(q, qr, k, kr, scale, softcap, HAS_ROPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Base-2 logits [BLOCK_M, BLOCK_N] of q against k [BLOCK_N, BLOCK_D] and, in MLA, their rotary parts."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")

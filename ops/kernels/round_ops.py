@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spec_compile.ops.kernels.cache_dtype import to_cache
+from spec_compile.ops.kernels.online_softmax import any_broken, is_finite
 
 MAX_NGRAM_BLOCK = 4096
 VOCAB_BLOCK = 2048
@@ -93,11 +94,6 @@ def _count_accepted(window_ptr, draft_ptr, target_ptr, seed, first, N, V, stride
 
 
 @triton.jit
-def _is_finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
 def _best(weights, noise, token, inside):
     """The race's winner in one slice: (score, token). Weight 0 scores -1, so it wins only where all do; NaN wins everywhere."""
     score = tl.where(weights > 0, weights / noise, tl.where(weights == weights, -1.0, float("inf")))
@@ -138,7 +134,7 @@ def _race_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_ptr, leng
         if accepted < N - 1:
             draft_ptr += accepted.to(tl.int64) * stride_dn
             rejected = tl.load(window_ptr + accepted + 1)
-            is_law = _is_finite(tl.load(draft_ptr + rejected, mask=(rejected >= 0) & (rejected < V), other=0.0))
+            is_law = is_finite(tl.load(draft_ptr + rejected, mask=(rejected >= 0) & (rejected < V), other=0.0))
             draft = tl.load(draft_ptr + token, mask=inside, other=0.0)
             weights = target - tl.where(is_law, draft, 0.0)  # p alone decides where q is no law
             score, index = _best(weights, noise, token, inside)
@@ -193,7 +189,7 @@ def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, 
         if HAS_PATH:
             behind = tl.maximum(tl.load(path_ptr + row * N + slot, mask=slot < N, other=0), 0)
         law = tl.load(law_ptr + row * law_stride_b + behind.to(tl.int64) * law_stride_n, mask=slot < count, other=0.0)
-        lawful = tl.min(tl.where(_is_finite(law), N, slot), 0)
+        lawful = tl.min(tl.where(is_finite(law), N, slot), 0)
     status = tl.where(lawful < count, NO_LAW, 0)
     count = tl.minimum(count, lawful)
     status = tl.where(finished | (first_eos < count) | (known + count >= limit), 1, status)
@@ -246,18 +242,20 @@ def _place(table_ptr, position, page_size, M):
 @triton.jit
 def _kv_write_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, cache_len_ptr, N, M, page_size,
                      k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-                     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
-    """Program (row, window token): one slot's keys and values of all heads."""
+                     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+                     BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Program (row, window token): one slot's keys and values of all heads, through ``ops.attention.hide_broken``."""
     row, slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = _place(table_ptr + row * M, tl.load(cache_len_ptr + row) + slot, page_size, M)
-    i = tl.arange(0, BLOCK)
-    k_from = k_ptr + row * k_stride_b + slot * k_stride_n + (i // D) * k_stride_h + i % D
-    v_from = v_ptr + row * v_stride_b + slot * v_stride_n + (i // DV) * v_stride_h + i % DV
-    k = to_cache(tl.load(k_from, mask=i < K_WIDTH), k_cache_ptr.dtype.element_ty)
-    v = to_cache(tl.load(v_from, mask=i < V_WIDTH), v_cache_ptr.dtype.element_ty)
-    tl.store(k_cache_ptr + place * K_WIDTH + i, k, mask=i < K_WIDTH)
-    tl.store(v_cache_ptr + place * V_WIDTH + i, v, mask=i < V_WIDTH)
+    head, d, dv = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    k_ok, v_ok = (head < HEADS) & (d < D), (head < HEADS) & (dv < DV)
+    k = tl.load(k_ptr + row * k_stride_b + slot * k_stride_n + head * k_stride_h + d, mask=k_ok, other=0.0)
+    v = tl.load(v_ptr + row * v_stride_b + slot * v_stride_n + head * v_stride_h + dv, mask=v_ok, other=0.0)
+    broken = any_broken(to_cache(v, v_cache_ptr.dtype.element_ty))
+    k = to_cache(tl.where(broken, float("nan"), k), k_cache_ptr.dtype.element_ty)
+    v = to_cache(tl.where(broken, 0.0, v), v_cache_ptr.dtype.element_ty)
+    tl.store(k_cache_ptr + (place * HEADS + head) * D + d, k, mask=k_ok)
+    tl.store(v_cache_ptr + (place * HEADS + head) * DV + dv, v, mask=v_ok)
 
 
 @triton.jit
@@ -380,12 +378,12 @@ def ngram_propose(tokens: Tensor, cache_len: Tensor, num_steps: int, min_ngram: 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cache_len: Tensor) -> None:
     batch, num_tokens, heads, dim = k.shape
     k, v, page_table = _rows(k), _rows(v), page_table.contiguous()
-    widths = heads * dim, heads * v.shape[3]
     with torch.cuda.device_of(k):
         _kv_write_kernel[(batch, num_tokens)](
             k, v, k_cache, v_cache, page_table, cache_len.contiguous(), num_tokens, page_table.shape[1],
-            k_cache.shape[1], *k.stride()[:3], *v.stride()[:3], K_WIDTH=widths[0], V_WIDTH=widths[1], D=dim,
-            DV=v.shape[3], BLOCK=triton.next_power_of_2(max(widths)), num_warps=4,
+            k_cache.shape[1], *k.stride()[:3], *v.stride()[:3], HEADS=heads, D=dim, DV=v.shape[3],
+            BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_DV=triton.next_power_of_2(v.shape[3]), num_warps=4,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ reads every page a row could hold, so ``explain()`` names that cost.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,21 @@ def _live(cache: Tensor, pages: list[int], start: int, end: int) -> Tensor:
 
 
 def _attend_row(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    finite: bool = True,
 ) -> Tensor:
-    """q [N, Hq, D] over k [S, Hkv, D], v [S, Hkv, Dv]; visible [N, S] or None for all; [N, Hq, Dv]."""
-    if softcap > 0 or sinks is not None:
+    """q [N, Hq, D] over k [S, Hkv, D], v [S, Hkv, Dv]; visible [N, S] or None for all; [N, Hq, Dv].
+
+    Args:
+        finite: False where a masked key may be NaN: SDPA adds its mask to scores, and NaN stays NaN.
+    """
+    if softcap > 0 or sinks is not None or not finite:
         if visible is None:
             visible = q.new_ones(q.shape[0], k.shape[0], dtype=torch.bool)
         return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
@@ -97,6 +109,7 @@ def _attend_rows(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    finite: bool,
 ) -> Tensor:
     batch, num_tokens, num_heads, _ = q.shape
     out = q.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
@@ -107,8 +120,13 @@ def _attend_rows(
         k, v = (_live(cache, pages, start, length + num_tokens) for cache in (k_cache, v_cache))
         tree = None if trees is None else trees[row]
         visible = _row_visibility(tree, length, start, num_tokens, window)
-        out[row] = _attend_row(q[row], k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks)
+        out[row] = _attend_row(q[row], k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks, finite)
     return out
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """Whether no number is NaN or infinite; False also where their sum leaves float32. Reads the result on the host."""
+    return math.isfinite(sum(float(x.sum(dtype=torch.float32)) for x in tensors))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,9 +153,12 @@ def attention_torch(
         return generic.attention._init_fn(
             q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
         )
+    finite = _all_finite(k, v)
+    if not finite:
+        k, v = generic.hide_broken(k, v, v_cache.dtype)
     generic.append_window(k, k_cache, page_table, cache_len)
     generic.append_window(v, v_cache, page_table, cache_len)
-    return _attend_rows(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks)
+    return _attend_rows(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, finite)
 
 
 attention_torch.register_fake(generic.attention_fake)
@@ -157,9 +178,13 @@ def mla_attention_torch(
     """``mla_attention`` in plain PyTorch."""
     if q.device.type != "cpu":
         return generic.mla_attention._init_fn(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
+    finite = _all_finite(kv)
+    if not finite:
+        kv = generic.hide_broken_latent(kv, v_dim, kv_cache.dtype)
     generic.append_window(kv, kv_cache, page_table, cache_len)
     latent = kv_cache[:, :, None]  # [P, page_size, 1, C + R]
-    return _attend_rows(q, latent, latent[..., :v_dim], page_table, cache_len, tree_mask, scale, 0, 0.0, None).contiguous()
+    values = latent[..., :v_dim]
+    return _attend_rows(q, latent, values, page_table, cache_len, tree_mask, scale, 0, 0.0, None, finite).contiguous()
 
 
 mla_attention_torch.register_fake(generic.mla_attention_fake)
@@ -179,15 +204,16 @@ def _attend_prompts(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     bounds = cu_seqlens.tolist()
     group = q.shape[1] // k.shape[1]
+    finite = _all_finite(k, v)
     for begin, end in itertools.pairwise(bounds):
         if begin == end:
             continue
         qs, ks, vs = q[begin:end], k[begin:end], v[begin:end]
         size = end - begin
-        if softcap > 0 or sinks is not None or 0 < window < size:
+        if softcap > 0 or sinks is not None or 0 < window < size or not finite:
             distance = torch.arange(size)[:, None] - torch.arange(size)[None]
             visible = (distance >= 0) & (distance < window if window > 0 else True)
-            out[begin:end] = _attend_row(qs, ks, vs, visible, scale, softcap, sinks)
+            out[begin:end] = _attend_row(qs, ks, vs, visible, scale, softcap, sinks, finite)
             continue
         # The group becomes a batch over which keys and values are broadcast, not copied.
         grouped = qs.unflatten(1, (-1, group)).permute(2, 1, 0, 3)  # [G, Hkv, S, D]
@@ -214,7 +240,7 @@ def prefill_attention_torch(
     """``prefill_attention`` in plain PyTorch; prompt by prompt on any device (reads ``cu_seqlens`` on the host)."""
     generic.write_packed(k, k_cache, page_table, cu_seqlens, window)
     generic.write_packed(v, v_cache, page_table, cu_seqlens, window)
-    k, v = generic.as_cached(k, k_cache.dtype), generic.as_cached(v, v_cache.dtype)
+    k, v = generic.hide_broken(generic.as_cached(k, k_cache.dtype), generic.as_cached(v, v_cache.dtype), v_cache.dtype)
     if q.device.type != "cpu" and (softcap > 0 or sinks is not None or window > 0):
         visible = generic._packed_visibility(cu_seqlens, q.shape[0], window)
         return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
@@ -230,7 +256,7 @@ def mla_prefill_attention_torch(
 ) -> Tensor:
     """``mla_prefill_attention`` in plain PyTorch; prompt by prompt."""
     generic.write_packed(kv, kv_cache, page_table, cu_seqlens)
-    latent = generic.as_cached(kv, kv_cache.dtype)[:, None]  # [T, 1, C + R]
+    latent = generic.hide_broken_latent(generic.as_cached(kv, kv_cache.dtype), v_dim, kv_cache.dtype)[:, None]  # [T, 1, C + R]
     return _attend_prompts(q, latent, latent[..., :v_dim], cu_seqlens, scale, 0, 0.0, None)
 
 

@@ -21,6 +21,7 @@ from gdn_contract import (
     Heads,
     Implementation,
     check_prompts,
+    check_unseen,
     check_window,
     close,
     pack_mask,
@@ -86,6 +87,12 @@ def fresh_seed():
 @pytest.mark.parametrize("num_tokens", [1, 4, 7, 8, 9, 16, 17, 33, 60])
 def test_windows(num_tokens: int, tree: bool, dtype: str) -> None:
     check_window(implementation(), rows=3, num_tokens=num_tokens, tree=tree, dtype=DTYPES[dtype])
+
+
+@SHAPES
+@pytest.mark.parametrize("num_tokens", [4, 9, 33])
+def test_what_is_not_seen_is_not_felt(num_tokens: int, tree: bool) -> None:
+    check_unseen(implementation(), num_tokens=num_tokens, tree=tree)
 
 
 @SHAPES
