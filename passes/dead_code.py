@@ -6,6 +6,8 @@ become dead once attention is absorbed; keeping them would keep the expansion's 
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor, fx
 
 from spec_compile.ops.torch_private import OpOverload, OpOverloadPacket
@@ -13,6 +15,7 @@ from spec_compile.ops.torch_private import OpOverload, OpOverloadPacket
 _ALLOCATIONS = {"new_empty", "new_zeros", "empty", "empty_like", "zeros", "zeros_like"}
 _IN_PLACE_OPERATORS = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
 _IN_PLACE_OPERATORS |= {f"i{name}" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")}
+_KEYWORD_OPERATORS = {operator.and_, operator.or_, operator.is_, operator.not_}  # their underscore evades a keyword
 _VIEWS = {"view", "transpose", "__getitem__", "reshape", "unsqueeze"}
 
 
@@ -62,6 +65,8 @@ def _name(node: fx.Node) -> str:
 
 def _is_in_place(node: fx.Node) -> bool:
     name = _name(node)
+    if node.target in _KEYWORD_OPERATORS:
+        return False
     return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 

@@ -168,7 +168,13 @@ def pure_but_unused(x):
     return x + 1
 
 
-DEAD = [expanded_keys, assigned_but_unused, pure_but_unused]
+def masks_that_nobody_asks(x):
+    """What a mask leaves once the attention has its window as a number; ``&`` is ``operator.and_``."""
+    (x > 0) & (x < 1) | (x > 2)
+    return x + 1
+
+
+DEAD = [expanded_keys, assigned_but_unused, pure_but_unused, masks_that_nobody_asks]
 
 
 @pytest.mark.parametrize("fn", DEAD, ids=lambda fn: fn.__name__)
