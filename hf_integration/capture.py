@@ -248,7 +248,7 @@ def _capture(
         raise CaptureError(refusal(model, str(error))) from error
     graph = finish(captured[0])
     _check(model, graph)
-    _check_positions(model, graph, inputs)
+    _check_positions(model, inputs)
     return graph
 
 
@@ -262,12 +262,10 @@ def _ask_for_logits_alone(twin: PreTrainedModel) -> None:
         config.return_dict = True
 
 
-def _check_positions(model: PreTrainedModel, graph: StageGraph, inputs: dict[str, Tensor]) -> None:
-    """Decoders of encoder-decoder families (BartForCausalLM) take no positions and count from the cache's length, which is
-    none here: every window would stand at position 0. A model without positions at all may take and ignore them."""
-    bound = {getattr(node.meta["binding"], "name", None) for node in placeholders(graph.gm)}
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    if "position_ids" in inputs and "position_ids" not in bound and not takes:
+def _check_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Decoders of encoder-decoder families take no positions: BartForCausalLM counts from the cache's length, which is none
+    here, and WhisperForCausalLM passes on what it is given, which ``generate()``, going by its signature, never does."""
+    if "position_ids" in inputs and "position_ids" not in inspect.signature(model.forward).parameters:
         raise CaptureError(refusal(model, "its forward takes no position_ids, so tokens cannot be told where they stand."))
 
 

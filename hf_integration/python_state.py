@@ -66,8 +66,9 @@ def remember(found: Remembered, name: str, value: object) -> None:
     found.seen.add(id(value))
     if isinstance(value, _CONTAINERS):
         if not isinstance(value, tuple):
-            found.containers.append((name, value, value.copy()))
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            # A dictionary that makes what it is asked for (transformers' ACT2FN) would make it anew each time.
+            found.containers.append((name, value, dict(dict.items(value)) if isinstance(value, dict) else value.copy()))
+        for key, inner in dict.items(value) if isinstance(value, dict) else enumerate(value):
             remember(found, f"{name}[{key!r}]", inner)
     elif isinstance(value, functools.partial):
         for inner in (value.func, value.args, value.keywords):

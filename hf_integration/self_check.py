@@ -15,6 +15,7 @@ allowed for.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator
 
@@ -113,6 +114,7 @@ def _error(got: Tensor, expected: Tensor, regions: list[slice]) -> float:
 def _own_logits(model: PreTrainedModel, ids: Tensor, parts: list[int]) -> Tensor:
     """[P + N, V] of the model's own forward, behind padding: the text in ``parts`` of so many tokens, over one cache."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters  # what generate() goes by
     padded = torch.cat([ids.new_zeros(_PADDING), ids])[None]
     mask = torch.ones_like(padded)
     mask[:, :_PADDING] = 0
@@ -121,8 +123,8 @@ def _own_logits(model: PreTrainedModel, ids: Tensor, parts: list[int]) -> Tensor
     out = []
     for start, end in zip([0, *ends[1:-1]], ends[1:], strict=True):
         result = model(
-            input_ids=padded[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
-            use_cache=True, return_dict=True, **{cache_argument(model.forward): cache},
+            input_ids=padded[:, start:end], attention_mask=mask[:, :end], use_cache=True, return_dict=True,
+            **({"position_ids": positions[:, start:end]} if takes_positions else {}), **{cache_argument(model.forward): cache},
         )  # fmt: skip
         out.append(result.logits[0])
     return torch.cat(out)[_PADDING:]

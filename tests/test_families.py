@@ -131,6 +131,11 @@ def test_forward_and_weights_are_unchanged(reference: PreTrainedModel, model: Pr
         ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, r"layers \[\] reach the attention interface"),
         ("falcon", {**_SMALL, "alibi": True}, r"layers \[\] reach the attention interface"),
         ("bart", {"d_model": 64, "decoder_layers": 1, "encoder_layers": 1}, "its forward takes no position_ids"),
+        (
+            "whisper",
+            {"d_model": 64, "decoder_layers": 1, "decoder_attention_heads": 4, "encoder_layers": 1},
+            "its forward takes no position_ids",
+        ),
         ("bert", {**_SMALL, "is_decoder": False}, "BertSelfAttention is not causal"),
         (
             "mamba",

@@ -10,6 +10,7 @@ import torch
 from tiny import left_padded, tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from spec_compile import spec_compile
@@ -213,3 +214,13 @@ def test_what_no_forward_reads_is_no_change(model: PreTrainedModel, monkeypatch)
     monkeypatch.setattr(fingerprint, "changed_attributes", slow)
     monkeypatch.setattr(python_state, "changed_attributes", slow)
     model.generate(**inputs, **GREEDY, use_cache=True)
+
+
+def test_a_dictionary_that_makes_what_it_is_asked_for_is_no_change() -> None:
+    """transformers' table of activations, which the code of gated delta nets reads, makes a module for each look."""
+    found = python_state.Remembered()
+    python_state.remember(found, "ACT2FN", ACT2FN)
+    assert found.containers and not list(python_state.differences(found, frozenset()))
+    model = compiled(tiny_model("qwen3_5_text"))
+    model.generate(**left_padded(1, PROMPT), **GREEDY)
+    assert model.spec.stats().mode == "rounds"
