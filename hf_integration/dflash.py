@@ -18,6 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise
+from spec_compile.hf_integration.taps import Tap
 
 
 class DFlashHead(DraftHead):
@@ -37,7 +38,7 @@ class DFlashHead(DraftHead):
         self,
         config: Qwen3Config,
         target: PreTrainedModel,
-        taps: tuple[int, ...],
+        taps: tuple[Tap, ...],
         block_size: int,
         mask_token_id: int,
         draft_ids: Tensor | None = None,
@@ -150,7 +151,7 @@ def random_dflash_head(
     seed: int = 0,
     *,
     num_hidden_layers: int = 2,
-    taps: tuple[int, ...] | None = None,
+    taps: tuple[Tap, ...] | None = None,
     mask_token_id: int | None = None,
 ) -> DFlashHead:
     """An untrained head of the target's sizes, for tests and for speed work with simulated acceptance."""

@@ -16,6 +16,7 @@ from spec_compile.hf_integration.draft_config import account_for
 from spec_compile.hf_integration.draft_head import like_target
 from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers, fill, layer_config, vocabulary
 from spec_compile.hf_integration.eagle3 import default_taps
+from spec_compile.hf_integration.taps import NORMED, Tap
 
 _TRANSFORMERS = "muse_glimmer_assistant"
 _FIRST_SLOT = ("sample_from_anchor", "query_zero_predicts_next")  # speculators' and vLLM's spelling; SGLang's other one
@@ -27,6 +28,9 @@ _STATES = "eagle_aux_hidden_state_layer_ids"  # beside the ids of outputs in som
 
 def read_dflash(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> DFlashHead:
     """A checkpoint of z-lab or of transformers. Its layer ids count outputs: output of layer i = state i + 1.
+
+    The last layer's id is the state behind the final norm: both read transformers' list of hidden states, which ends with it
+    (z-lab's dflash 0.1.0 extract_context_feature, transformers' DFlashTokenCandidateGenerator).
 
     Raises:
         DraftError: names what is missing, unknown, of the wrong shape or not supported.
@@ -47,7 +51,8 @@ def read_dflash(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> DFlashH
             f"draft={checkpoint.where!r}: target_layer_ids={list(ids)} are the states {list(taps)}, and {_STATES} says "
             f"{list(states)}. Remove the wrong ones from its config."
         )
-    return _build(checkpoint, config, settings, target, taps or states or default_dflash_taps(layers, checkpoint.num_layers()))
+    taps = tuple(NORMED if tap == layers else tap for tap in taps) or states
+    return _build(checkpoint, config, settings, target, taps or default_dflash_taps(layers, checkpoint.num_layers()))
 
 
 def read_dflash_speculators(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> DFlashHead:
@@ -72,7 +77,7 @@ def _build(
     sizes: Mapping[str, object],
     settings: Mapping[str, object],
     target: PreTrainedModel,
-    taps: tuple[int, ...],
+    taps: tuple[Tap, ...],
 ) -> DFlashHead:
     for name in ("block_size", "mask_token_id"):
         if not isinstance(settings.get(name), int):

@@ -17,6 +17,7 @@ from spec_compile.errors import DraftError
 from spec_compile.hf_integration.attention_interface import capture_context
 from spec_compile.hf_integration.dflash import DFlashHead, default_dflash_taps, random_dflash_head
 from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.taps import NORMED
 from spec_compile.ops.kv_cache import kv_write
 
 WEIGHTS = reference("draft_dflash.safetensors")
@@ -152,6 +153,15 @@ def test_every_spelling_of_drafts_from_the_roots_slot_is_read(name: str, inside:
     with pytest.raises(DraftError, match="its config says both"):
         other = {"query_zero_predicts_next": False} if name == "sample_from_anchor" else {"sample_from_anchor": False}
         load_draft_head(write(tmp_path, *zlab(**said, **other)), target_for(WEIGHTS))
+
+
+def test_the_last_layers_state_is_the_one_that_the_formats_own_module_reads(tmp_path: Path):
+    """z-lab's and transformers' modules index transformers' hidden states, which end behind the final norm; speculators' come
+    from vLLM, which hands the last layer's output over as it is."""
+    named = {"mask_token_id": VOCAB - 1, "target_layer_ids": [1, LAYERS - 1]}
+    assert load_draft_head(write(tmp_path / "a", *zlab(dflash_config=named)), target_for(WEIGHTS)).taps == (2, NORMED)
+    last = speculators(aux_hidden_state_layer_ids=[2, LAYERS])
+    assert load_draft_head(write(tmp_path / "b", *last), target_for(WEIGHTS)).taps == (2, LAYERS)
 
 
 def test_states_that_stand_beside_the_layers_must_be_the_same(tmp_path: Path):
