@@ -34,5 +34,9 @@ class SamplingError(SpecCompileError, RuntimeError):
     """The model's own distribution is not finite: there is nothing to sample from (plain transformers: a RuntimeError)."""
 
 
+class PositionError(SpecCompileError, IndexError):
+    """A text reached the end of the model's position embeddings (plain transformers: an IndexError, on a GPU an assertion)."""
+
+
 class MissingDependencyError(SpecCompileError, ImportError):
     """An optional dependency is absent. The message carries the install command."""

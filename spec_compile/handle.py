@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from spec_compile.draft_tree import DraftTree, read_tree
-from spec_compile.errors import SamplingError, SpecCompileError
+from spec_compile.errors import SpecCompileError
 from spec_compile.explain import explain
 from spec_compile.hf_integration.binding import bind_generate
 from spec_compile.hf_integration.forward_wrappers import changes_numerics
 from spec_compile.hf_integration.generate import GenerateCall, added_inputs, read_call, what_differs, why_plain
 from spec_compile.hf_integration.transformers_private import SAMPLE
+from spec_compile.runtime.dead_ends import check_prompts, dead_ends
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.lockstep import decode_lockstep
@@ -211,6 +212,11 @@ class SpecHandle:
                     f"texts of more than {limit} tokens are not accelerated: the cache that this model's configuration makes "
                     f"keeps no more, while its attention mask reaches further back"
                 )
+            elif call.exact_order and call.max_length > (self._engine.target.num_positions or call.max_length) + 1:
+                reason = (
+                    f"texts that may pass the model's {self._engine.target.num_positions} positions are not accelerated with "
+                    "logits processors, scores or logits"
+                )
         told = self._told
         if reason is None:
             with self._turns.take() as turn:
@@ -230,6 +236,7 @@ class SpecHandle:
         engine, compiled_before = self._engine, self._engine.compile_seconds
         transcript = Transcript(call, lambda: engine.compile_seconds - compiled_before, self._turns.away)
         self._transcript = transcript
+        check_prompts(call, engine.target.num_positions)
         request = _request(call, engine)
         started = time.perf_counter()
         scores = logits = None
@@ -262,8 +269,8 @@ class SpecHandle:
                 if new and number > 0:
                     lengths[row].append(len(new))
                     drafted[row].append(result.drafted)
-            dead_ends = {row: _no_law(row, transcript) for row in result.no_law}
-            if transcript.extend(result.tokens, result.finished, dead_ends):
+            ends = dead_ends(result, request, transcript.call, self._engine.target.num_positions)
+            if transcript.extend(result.tokens, result.finished, ends):
                 break
         for row, count in enumerate(transcript.counts):
             _cut(lengths[row], drafted[row], len(transcript.rows[row]) - count)
@@ -319,17 +326,6 @@ class _Switch:
         self._handle._enabled = self._before
 
 
-def _no_law(row: int, transcript: Transcript) -> SamplingError:
-    """What is said of a row whose next token has no law."""
-    temperature = transcript.call.temperature
-    return SamplingError(
-        f"row {row} cannot be sampled any further: the probabilities of its next token are not finite, because the model's "
-        f"logits are NaN or infinite, or become so when they are divided by temperature={temperature:g}. Plain generate() "
-        "raises here too. Look for NaN in the weights and for overflow in the model's dtype, or raise the temperature; "
-        "remove_invalid_values=True samples regardless. What was generated until here is in model.spec.partial_sequences()."
-    )
-
-
 def _cut(lengths: list[int], drafted: list[int], surplus: int) -> None:
     """Take the last ``surplus`` tokens of a row out of its rounds' accept lengths."""
     while surplus > 0 and lengths:
@@ -356,9 +352,11 @@ def _request(call: GenerateCall, engine: Engine) -> Request:
         remove_invalid=call.remove_invalid,
         block=call.do_sample and engine.config.verification == "block",
     )
+    most = call.max_length if engine.target.num_positions is None else engine.target.num_positions + 1
     return Request(
         prompts=[ids[row, padded - length :] for row, length in enumerate(call.prompt_lens)],
-        end_len=[length + call.max_length - padded for length in call.prompt_lens],
+        # Behind the last position a text has one token more, which nobody reads.
+        end_len=[min(length + call.max_length - padded, most) for length in call.prompt_lens],
         min_len=[length + call.min_length - padded if call.min_length else 0 for length in call.prompt_lens],
         eos_ids=call.eos_ids,
         seed=[base + row for row in range(batch)],

@@ -42,7 +42,8 @@ class CausalLMDraft:
                 "refused. Use a draft of attention layers only, a head trained for the target, 'mtp' or 'ngram'."
             )
         context = getattr(runner.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.max_position = (context or 2**31) - 1  # a draft with a shorter context drafts badly there, but drafts
+        # A draft with a shorter context drafts badly there, but drafts; so in ``ModelRunner.prefill``.
+        self.max_position = min(context or 2**31, runner.num_positions or 2**31) - 1
         if abs(self.draft_vocab_size - vocab_size) > _MAX_VOCAB_PADDING:
             raise DraftError(
                 f"draft={type(runner.model).__name__} has a vocabulary of {self.draft_vocab_size}, the target "

@@ -299,6 +299,7 @@ class Engine:
         for tensor, values in (
             (state.cache_len, [len(p) - 1 for p in request.prompts]),
             (state.end_len, request.end_len),
+            (state.position_end, [min(end, self.target.num_positions or end) for end in request.end_len]),
             (state.min_len, request.min_len),
             (state.seed, request.seed),
         ):

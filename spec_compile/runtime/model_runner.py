@@ -21,6 +21,7 @@ from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
 from spec_compile.passes.graph import StageGraph, placeholders
 from spec_compile.passes.pipeline import choose_kernels, prepare
+from spec_compile.passes.positions import num_positions
 from spec_compile.passes.select_backend import Backend, Choice, Tuner, check_delta_rules, choose, wanted
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_program
@@ -41,6 +42,7 @@ class ModelRunner:
         self_check: compare what is captured with the model's own forward, once.
 
     Attributes:
+        num_positions: that the model has a learned (or tabled) one for, ``passes.positions``; None for any.
         pool: keys and values; states: of recurrent layers. None before ``reserve``, the latter also without such layers.
         longest_text: of a target, tokens up to which its graphs compute what plain ``generate()`` does; None for any number.
 
@@ -69,6 +71,7 @@ class ModelRunner:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.choices: dict[str, list[Choice]] = {}  # graph name -> providers, for explain()
         self.reports: dict[str, list[str]] = {}
+        self.num_positions: int | None = None  # set by the first capture
         self.pool: kv_pool.KVPool | None = None
         self.states: state_pool.StatePool | None = None
         self._captured: dict[tuple, StageGraph] = {}
@@ -154,6 +157,8 @@ class ModelRunner:
             with self.compiler.counting():
                 if shape not in self._captured:
                     self._captured[shape] = capture()
+                    if shape == ("prefill",):
+                        self.num_positions = num_positions(self._captured[shape])
                 graph = prepare_graph(self._captured[shape].copy())
                 self._programs[key] = build_program(graph, compiler)
                 self._fingerprint = fingerprint(self.model, self._bound())  # fusing may just have moved its weights
@@ -268,7 +273,7 @@ class ModelRunner:
         program = self.prefill_program(argmax=argmax)
         out, last_states = [], []
         for first, group in groups(prompts, max_tokens):
-            packed = pack(group, self.device)
+            packed = pack(group, self.device, self.num_positions)
             last = packed.cu_seqlens[1:].long() - 1
             result, *states = program(
                 input_ids=torch.cat(group)[None].to(self.device),
@@ -301,10 +306,13 @@ class Packed:
     num_tokens: int
 
 
-def pack(prompts: list[Tensor], device: torch.device) -> Packed:
-    """The layout of ``prompts`` [len] each, one behind the other, on ``device``."""
+def pack(prompts: list[Tensor], device: torch.device, num_positions: int | None = None) -> Packed:
+    """The layout of ``prompts`` [len] each, one behind the other, on ``device``. What is longer than ``num_positions`` repeats
+    the last: a draft model may have fewer than the target."""
     lengths = torch.tensor([0] + [len(p) for p in prompts], device="cpu")  # a default device may be set
     positions = torch.cat([torch.arange(len(p), device="cpu") for p in prompts])[None]
+    if num_positions is not None:
+        positions = positions.clamp(max=num_positions - 1)
     cu_seqlens = lengths.cumsum(0)
     return Packed(cu_seqlens.to(device, torch.int32), positions.to(device), positions.shape[1])
 

@@ -100,7 +100,8 @@ def run_round(
 
 def round_inputs(state: DecodeState, shape: RoundShape) -> RoundInputs:
     """Roots, positions and lengths of a round."""
-    return RoundInputs(*torch.ops.spec_compile.round_inputs(state.tokens, state.cache_len, state.end_len, shape.num_steps + 1))
+    ends = state.position_end
+    return RoundInputs(*torch.ops.spec_compile.round_inputs(state.tokens, state.cache_len, ends, shape.num_steps + 1))
 
 
 def verify(

@@ -84,6 +84,7 @@ class DecodeState:
     cache_len: Tensor  # int32 [B]
     finished: Tensor  # bool [B]
     end_len: Tensor  # int32 [B], most tokens of a row
+    position_end: Tensor  # int32 [B], positions of a row that may be asked for: end_len, or fewer where the model has fewer
     min_len: Tensor  # int32 [B], tokens before which no row may end
     page_table: Tensor  # int32 [B, M]
     state_slot: Tensor  # int32 [B], of recurrent states; 0 is nobody's
@@ -113,8 +114,10 @@ class DecodeState:
 
     def clear(self) -> None:
         """Every row becomes a padding row."""
-        for tensor in (self.tokens, self.cache_len, self.end_len, self.min_len, self.page_table, self.state_slot, self.out):
+        for tensor in (self.tokens, self.cache_len, self.end_len, self.position_end, self.min_len, self.page_table):
             tensor.zero_()
+        self.state_slot.zero_()
+        self.out.zero_()
         self.next_draft.zero_()
         self.finished.fill_(True)
         self.eos_ids.fill_(-1)
@@ -141,6 +144,7 @@ def new_state(rows: int, capacity: int, pages_per_row: int, num_steps: int, devi
         cache_len=zeros(rows, dtype=torch.int32),
         finished=zeros(rows, dtype=torch.bool),
         end_len=zeros(rows, dtype=torch.int32),
+        position_end=zeros(rows, dtype=torch.int32),
         min_len=zeros(rows, dtype=torch.int32),
         page_table=zeros(rows, pages_per_row, dtype=torch.int32),
         state_slot=zeros(rows, dtype=torch.int32),
