@@ -10,6 +10,7 @@ import ast
 import contextlib
 import copy
 import inspect
+import itertools
 import re
 import threading
 import types
@@ -36,7 +37,7 @@ from spec_compile.hf_integration.private_copy import configurations, private_cop
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
-from spec_compile.ops.torch_private import forget_traces, mark_dynamic, static_shapes
+from spec_compile.ops.torch_private import dynamo_switch, forget_traces, mark_dynamic, static_shapes
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
 
 # One prompt token would let Dynamo specialise the packed length to 1; any other small number does.
@@ -207,6 +208,13 @@ def _capture(
     try:
         if model.config.is_encoder_decoder:
             raise CaptureError("it has an encoder beside its decoder; only decoder-only models can be captured.")
+        if (switch := dynamo_switch()) is not None:
+            raise CaptureError(f"tracing is switched off by {switch}; leave that out while models are compiled.")
+        if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
+            raise CaptureError(
+                "its weights were made within torch.inference_mode(), and no graph can be traced over such tensors; make or "
+                "load the model outside of it (torch.no_grad() does no harm)."
+            )
         if (reason := own_attention(model)) is not None:
             raise CaptureError(f"{reason}.")
         config = model.config.get_text_config(decoder=True)

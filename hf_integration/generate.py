@@ -18,6 +18,7 @@ from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.processors import read_processors
 from spec_compile.hf_integration.rope import fixed_rope_length
 from spec_compile.hf_integration.transformers_private import pad_token
+from spec_compile.ops.torch_private import dynamo_switch
 
 _KNOWN_KWARGS = {
     "attention_mask",
@@ -92,6 +93,8 @@ def why_plain(
         return "the model is the assistant of another generate() call"
     if synced_gpus:
         return "synced_gpus=True is not accelerated"
+    if (switch := dynamo_switch()) is not None:
+        return f"{switch} is on, and shapes that were not seen before could not be captured"
     if (reason := own_attention(model)) is not None:
         return reason
     if replaced := replaced_loop_method(model):

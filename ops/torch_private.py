@@ -6,6 +6,7 @@ installed release, and for private names that a file takes past this one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "OpOverloadPacket",
     "TracingContext",
     "detect_fake_mode",
+    "dynamo_switch",
     "forget_traces",
     "inductor_compile",
     "make_graph_module",
@@ -50,6 +52,18 @@ def static_shapes() -> object:
 def forget_traces(function: Callable) -> None:
     """Dynamo drops what it compiled for ``function``'s code."""
     torch._dynamo.eval_frame.remove_from_cache(function)
+
+
+def dynamo_switch() -> str | None:
+    """What keeps Dynamo from tracing as it is asked to, as a user wrote it; None if nothing does."""
+    stance = torch._dynamo.eval_frame._stance
+    if stance.stance != "default" or stance.backend is not None:
+        return f"torch.compiler.set_stance({stance.stance!r}{'' if stance.backend is None else ', force_backend=…'})"
+    if os.environ.get("TORCHDYNAMO_DISABLE", "") == "1":
+        return "the environment variable TORCHDYNAMO_DISABLE=1"
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable (the environment variable TORCH_COMPILE_DISABLE=1 sets it)"
+    return None
 
 
 def __getattr__(name: str) -> object:

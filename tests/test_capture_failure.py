@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import left_padded, tiny_model
 from torch import Tensor
 
 from spec_compile import spec_compile
+from spec_compile.errors import CaptureError
+from spec_compile.hf_integration.capture import capture_prefill
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
 from spec_compile.runtime import engine as engine_module
 from spec_compile.runtime.engine import Engine, Request
@@ -63,3 +66,32 @@ def test_a_capture_that_fails_leaves_rounds_without_graphs(broken: object, monke
     text, engine = text_of(broken, monkeypatch)
     assert torch.equal(text, wanted) and engine.graphs is None
     assert len(warnings) == 1 and warnings[0][-1] == "no room for a graph"
+
+
+@pytest.mark.parametrize("switch", ["stance", "config", "environment"])
+def test_a_switch_that_keeps_dynamo_from_tracing_is_named(switch: str, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = tiny_model("llama"), left_padded(1, 9)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    spec_compile(model, draft=None, compile="none", progress=False)
+    name, off = {
+        "stance": (r"torch\.compiler\.set_stance\('force_eager'\)", lambda: torch.compiler.set_stance("force_eager")),
+        "config": (r"torch\._dynamo\.config\.disable", lambda: torch._dynamo.config.patch(disable=True)),
+        "environment": ("TORCHDYNAMO_DISABLE=1", contextlib.nullcontext),
+    }[switch]
+    with off():
+        if switch == "environment":
+            monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        with pytest.warns(UserWarning, match=rf"runs as plain transformers: .*{name}.* is on"):
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+        with pytest.raises(CaptureError, match=f"tracing is switched off by .*{name}"):
+            capture_prefill(tiny_model("llama"))
+    monkeypatch.undo()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    assert model.spec.stats().mode == "rounds"
+
+
+def test_weights_of_inference_mode_are_named():
+    with torch.inference_mode():
+        model = tiny_model("llama")
+    with pytest.raises(CaptureError, match=r"its weights were made within torch\.inference_mode\(\)"):
+        capture_prefill(model)
