@@ -211,7 +211,8 @@ def _attend_prompts(
         qs, ks, vs = q[begin:end], k[begin:end], v[begin:end]
         size = end - begin
         if softcap > 0 or sinks is not None or 0 < window < size or not finite:
-            distance = torch.arange(size)[:, None] - torch.arange(size)[None]
+            position = torch.arange(size, device=q.device)
+            distance = position[:, None] - position[None]
             visible = (distance >= 0) & (distance < window if window > 0 else True)
             out[begin:end] = _attend_row(qs, ks, vs, visible, scale, softcap, sinks, finite)
             continue
