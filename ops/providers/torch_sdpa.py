@@ -112,8 +112,10 @@ def _attend_rows(
     finite: bool,
 ) -> Tensor:
     batch, num_tokens, num_heads, _ = q.shape
-    out = q.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
     lengths, tables = cache_len.tolist(), page_table.tolist()
+    if finite and softcap == 0 and sinks is None and _alike(lengths, num_tokens, tables):
+        return _attend_together(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window)
+    out = q.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
     trees = None if tree_mask is None else generic.window_visibility(tree_mask, batch, num_tokens, q.device)
     for row, (length, pages) in enumerate(zip(lengths, tables, strict=True)):
         start = max(0, length - window + 1) if window > 0 else 0
@@ -122,6 +124,42 @@ def _attend_rows(
         visible = _row_visibility(tree, length, start, num_tokens, window)
         out[row] = _attend_row(q[row], k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks, finite)
     return out
+
+
+# Rows that are attended to together read up to the longest of them, from a copy. A row by itself costs a CPU about 50 us
+# whatever its length, so that pays for many short rows; with more slots the copies cost more than they save.
+_MOST_SLOTS_TOGETHER = 512
+
+
+def _alike(lengths: list[int], num_tokens: int, tables: list[list[int]]) -> bool:
+    """Whether rows are many, short and of one page each, and not mostly padding."""
+    longest = max(lengths) + num_tokens
+    few = len(lengths) < 4 or len(tables[0]) > 1 or longest > _MOST_SLOTS_TOGETHER
+    return not few and longest * len(lengths) <= 4 * (sum(lengths) + num_tokens * len(lengths))
+
+
+def _attend_together(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cache_len: Tensor,
+    tree_mask: Tensor | None,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """All rows in one SDPA call, as long as the longest of them."""
+    num_tokens, num_kv_heads = q.shape[1], k_cache.shape[2]
+    group = q.shape[2] // num_kv_heads
+    longest = int(cache_len.max()) + num_tokens
+    visible = generic._window_and_prefix_visibility(tree_mask, cache_len, num_tokens, longest, window)  # [B, N, S]
+    unseen = ~visible.any(1)[:, :, None, None]  # nobody's slots may hold NaN
+    pages = page_table[:, 0].long()
+    k, v = (cache[pages, :longest].to(q.dtype).masked_fill_(unseen, 0.0).transpose(1, 2) for cache in (k_cache, v_cache))
+    grouped = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * N, D]
+    mask = visible.repeat(1, group, 1)[:, None]  # [B, 1, G * N, S]
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)  # [B, Hkv, G * N, Dv]
+    return out.unflatten(2, (group, num_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
 def _all_finite(*tensors: Tensor) -> bool:
