@@ -10,9 +10,7 @@ from bench_scripts import FOLDER, run_script
 from tiny import FAMILIES, RECURRENT_FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-ROW = re.compile(
-    r"^\| `(?P<model_type>[^`]+)` \| \w* \| (?P<result>[\w ]+) \| (?P<note>.*) \|$", re.MULTILINE
-)
+ROW = re.compile(r"^\| `(?P<model_type>[^`]+)` \| \w* \| (?P<result>[\w ]+) \| (?P<note>.*) \|$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
