@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from tiny import left_padded, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from torch import fx
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.errors import PositionError
 from spec_compile.hf_integration.capture import capture_window
+from spec_compile.passes.graph import RuntimeInput, StageGraph, placeholders
 from spec_compile.passes.positions import num_positions
 
 POSITIONS, PROMPT = 32, 8
@@ -22,8 +26,6 @@ def positioned(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=POSITIONS, **_IDS))
-    elif kind == "gptj":
-        model = GPTJForCausalLM(GPTJConfig(n_embd=64, n_layer=1, n_head=4, n_positions=POSITIONS, rotary_dim=8, **_IDS))
     else:
         shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}
         model = OPTForCausalLM(OPTConfig(max_position_embeddings=POSITIONS, **shape, **_IDS))
@@ -34,9 +36,19 @@ def positioned(kind: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_the_last_position_is_read_off_the_graph(kind: str) -> None:
     assert num_positions(capture_window(positioned(kind), 2, 3, "verify", ())) == POSITIONS
+
+
+@pytest.mark.parametrize("look_up", [lambda table, i: table[i + 3], lambda table, i: torch.index_select(table, 0, i.view(-1)),
+                                     lambda table, i: torch.gather(table, 0, i)])  # fmt: skip
+def test_other_tables_are_found(look_up) -> None:
+    """GPT-J gathers sines and cosines; CTRL indexes them."""
+    gm = fx.symbolic_trace(look_up)
+    table, index = placeholders(gm)
+    table.meta["example_value"], index.meta["binding"] = torch.empty(20, 2), RuntimeInput("position_ids")
+    assert num_positions(StageGraph(gm, "verify")) == (17 if operator.add in {n.target for n in gm.graph.nodes} else 20)
 
 
 def test_rotary_models_have_any_number() -> None:
