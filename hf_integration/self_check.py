@@ -10,6 +10,9 @@ or sink, a sliding window off by one, another rotary base):
 A median, because a router whose choice is a near tie may choose otherwise in any position. Where many do (24 layers of 32
 random experts in bfloat16: 0.4) the model's own logits move as much when its embeddings are rounded once more, and that is
 allowed for.
+
+Of an 8B model in bfloat16 it took 0.24 s on an H200, and 0.71 s as the first thing in a process, with kernels to load
+(benchmarks/bench_self_check.py; torch 2.11, transformers 5.24, at commit e15c62d).
 """
 
 from __future__ import annotations
