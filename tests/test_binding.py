@@ -37,8 +37,8 @@ class InputAdded(LlamaForCausalLM):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         model_kwargs["decode_plan"] = {"step": 1}
 
-    def forward(self, *args, decode_plan=None, **kwargs):
-        return super().forward(*args, **kwargs)
+    def forward(self, input_ids=None, position_ids=None, decode_plan=None, **kwargs):
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
 
 
 class LoopRenamed(LlamaForCausalLM):

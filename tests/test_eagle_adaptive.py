@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from heads import target_states
 from tiny import tiny_model
 from torch import Tensor
 
@@ -42,8 +43,7 @@ def predicted_from_scratch(engine: Engine, tokens: Tensor, cache_len: int) -> Te
     """What the head says behind ``tokens`` [cache_len + 1], by plain forwards of both models: [Vd]."""
     head, target = engine.draft.head, engine.target.model
     with torch.no_grad():
-        states = target(tokens[None, :cache_len], output_hidden_states=True).hidden_states
-        fed = head.project(torch.cat([states[tap] for tap in head.taps], -1))
+        fed = head.project(target_states(target, head.taps, tokens[:cache_len]))
         hidden = head(tokens[None, 1 : cache_len + 1], fed, torch.arange(cache_len)[None])
     return head.logits(hidden)[0, -1]
 
