@@ -33,7 +33,7 @@ from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.mask_windows import read_windows
 from spec_compile.hf_integration.own_attention import own_attention
-from spec_compile.hf_integration.private_copy import configurations, private_copy
+from spec_compile.hf_integration.private_copy import ask_for_logits_alone, private_copy
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
@@ -223,7 +223,7 @@ def _capture(
     except CaptureError as error:
         raise CaptureError(refusal(model, str(error))) from error
     twin = private_copy(model, in_eval_mode=in_eval_mode)
-    _ask_for_logits_alone(twin)
+    ask_for_logits_alone(twin)
     with (
         torch.no_grad(),
         _one_at_a_time,
@@ -258,16 +258,6 @@ def _capture(
     _check(model, graph)
     _check_positions(model, inputs)
     return graph
-
-
-def _ask_for_logits_alone(twin: PreTrainedModel) -> None:
-    """Hidden states and the like that a checkpoint's configuration asks for leave no trace in a text, and collecting them takes
-    a lock that Dynamo cannot trace. A call that asks for them runs plain."""
-    for config in configurations(twin.config):
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if getattr(config, name, False):
-                setattr(config, name, False)
-        config.return_dict = True
 
 
 def _check_positions(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:

@@ -50,6 +50,16 @@ def private_copy(model: PreTrainedModel, *, in_eval_mode: bool = True) -> PreTra
     return twins[id(model)]
 
 
+def ask_for_logits_alone(twin: PreTrainedModel) -> None:
+    """Hidden states and the like that a checkpoint's configuration asks for leave no trace in a text, and collecting them takes
+    a lock that Dynamo cannot trace. A call that asks for them runs plain."""
+    for config in configurations(twin.config):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+        config.return_dict = True
+
+
 def _moved(value: object, twins: dict[int, nn.Module], memo: dict[int, object]) -> object:
     """``value`` with every module and configuration of the model in it replaced by the copy's."""
     if isinstance(value, nn.Module):

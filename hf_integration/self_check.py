@@ -31,7 +31,7 @@ from spec_compile.errors import CaptureError
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.capture import refusal
 from spec_compile.hf_integration.mask_windows import longest_text
-from spec_compile.hf_integration.private_copy import private_copy
+from spec_compile.hf_integration.private_copy import ask_for_logits_alone, private_copy
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, fake, placeholders
 
 _OPS = torch.ops.spec_compile
@@ -62,6 +62,7 @@ def check_capture(model: PreTrainedModel, graph: StageGraph) -> None:
     parts = [prompt, _WINDOW] if longest_text(graph, model.config.get_text_config(decoder=True)) is None else [len(ids)]
     with torch.no_grad():
         copy = private_copy(model)
+        ask_for_logits_alone(copy)
         try:
             # The kernels of matrix products alone: loading flash attention's took 1.1 s on an H200.
             with sdpa_kernel(SDPBackend.MATH):
