@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_contract import BOUNDS, CASES, MAY_REFUSE, Case, check, errors
+from attention_contract import BOUNDS, CASES, MAY_REFUSE, Case, check, errors, lowered, make_problem
 from torch import Tensor
 
 from spec_compile.hardware import Hardware
@@ -32,6 +33,11 @@ SMALL = {
     "rows": Case((33, 20, 40, 31, 17), 1, (4, 2), (32, 16), 64, padding_rows=1, spare_columns=0),
     "rows_chain": Case((33, 20, 40, 31, 17), 3, (4, 2), (32, 16), 64, window=11, spare_columns=0),
     "rows_tree": Case((33, 20, 40, 31, 17), 9, (4, 2), (32, 32), 64, tree=True, spare_columns=0),
+    "rows_softcap": Case((33, 20, 40, 31, 17), 2, (4, 2), (32, 16), 64, softcap=5.0, spare_columns=0),
+    "rows_sinks_tree": Case((33, 20, 40, 31, 17), 7, (4, 2), (32, 32), 64, window=5, sinks=True, tree=True, spare_columns=0),
+    "rows_latent": Case((33, 20, 40, 31, 17), 5, (4, 1), (40, 32), 64, tree=True, latent=True, spare_columns=0),
+    "prompts": Case((30, 0, 17, 25, 40), 0, (4, 2), (32, 16), packed=True),
+    "latent_prompts": Case((30, 17, 25, 40), 0, (4, 1), (40, 32), packed=True, latent=True),
     "broken_rows": Case((33, 20, 40, 31, 17), 4, (4, 2), (32, 32), 64, spare_columns=0, broken=True),
     "broken_chain": Case((33, 0, 64), 4, (4, 2), (32, 32), padding_rows=1, broken=True),
     "broken_tree": Case((33, 17, 3), 9, (4, 2), (32, 16), tree=True, sinks=True, broken=True),
@@ -53,15 +59,21 @@ def test_the_torch_provider_keeps_it_over_a_float8_cache(name: str) -> None:
     check("torch", SMALL[name], torch.bfloat16, "cpu", FP8)
 
 
+@pytest.mark.parametrize("case", [Case((), 2, (4, 2), (16, 16), 1024, spare_columns=0),
+                                  Case((), 2, (4, 2), (16, 16), 1024, spare_columns=0, softcap=5.0, sinks=True),
+                                  Case((), 0, (4, 2), (16, 16), 1024, spare_columns=0, packed=True)],
+                         ids=["windows", "windows with sinks", "prompts"])  # fmt: skip
 @pytest.mark.parametrize(("lengths", "together"), [((33, 20, 40, 31), True), ((33, 20), False), ((500, 1, 1, 1, 1, 1), False),
                                                    ((900, 901, 902, 903), False)])  # fmt: skip
-def test_rows_that_are_many_short_and_alike_share_a_call(lengths: tuple, together: bool, monkeypatch) -> None:
+def test_rows_that_are_many_short_and_alike_share_a_call(case: Case, lengths: tuple, together: bool, monkeypatch) -> None:
     """Row by row a CPU takes some 50 us each, five times what plain transformers takes for 200 short prompts."""
+    problem = make_problem(replace(case, lengths=lengths), torch.float32, "cpu")
     calls = []
-    attend = torch_sdpa._attend_together
-    monkeypatch.setattr(torch_sdpa, "_attend_together", lambda *args: calls.append(args) or attend(*args))
-    check("torch", Case(lengths, 2, (4, 2), (16, 16), 1024, spare_columns=0), torch.float32, "cpu")
-    assert bool(calls) == together
+    for module, name in ((torch.nn.functional, "scaled_dot_product_attention"), (torch_sdpa.generic, "masked_softmax_attend")):
+        product = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, product=product, **kwargs: calls.append(1) or product(*args, **kwargs))
+    lowered("torch", problem.case.node(torch.float32))(*problem.args)
+    assert len(calls) == (1 if together else len(lengths))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def warm_up(node: AttentionNode, device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One row on a CPU
+# On a CPU: row by row, or rows that are alike together
 
 
 def _live(cache: Tensor, pages: list[int], start: int, end: int) -> Tensor:
@@ -52,7 +52,7 @@ def _live(cache: Tensor, pages: list[int], start: int, end: int) -> Tensor:
     return rows[start - first * page_size : end - first * page_size]
 
 
-def _attend_row(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,25 +62,22 @@ def _attend_row(
     sinks: Tensor | None,
     finite: bool = True,
 ) -> Tensor:
-    """q [N, Hq, D] over k [S, Hkv, D], v [S, Hkv, Dv]; visible [N, S] or None for all; [N, Hq, Dv].
+    """q [B, N, Hq, D] over k [B, S, Hkv, D], v [B, S, Hkv, Dv]; visible [B, N, S] or None for all; [B, N, Hq, Dv].
 
     Args:
         finite: False where a masked key may be NaN: SDPA adds its mask to scores, and NaN stays NaN.
     """
     if softcap > 0 or sinks is not None or not finite:
         if visible is None:
-            visible = q.new_ones(q.shape[0], k.shape[0], dtype=torch.bool)
-        return generic.masked_softmax_attend(q[None], k[None], v[None], visible[None], scale, softcap, sinks)[0]
-    num_tokens, num_heads, _ = q.shape
-    num_kv_heads = k.shape[1]
-    group = num_heads // num_kv_heads
+            visible = q.new_ones(*q.shape[:2], k.shape[1], dtype=torch.bool)
+        return generic.masked_softmax_attend(q, k, v, visible, scale, softcap, sinks)
+    num_tokens, num_kv_heads = q.shape[1], k.shape[2]
+    group = q.shape[2] // num_kv_heads
     # Query heads of one key/value head become more query rows, so that no key or value is repeated.
-    grouped = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, G * N, D]
-    mask = None if visible is None else visible.repeat(group, 1)  # [G * N, S]
-    out = F.scaled_dot_product_attention(
-        grouped[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, scale=scale
-    )[0]  # [Hkv, G * N, Dv]
-    return out.unflatten(1, (group, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
+    grouped = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * N, D]
+    mask = None if visible is None else visible.repeat(1, group, 1)[:, None]  # [B, 1, G * N, S]
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.unflatten(2, (group, num_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, N, Hq, Dv]
 
 
 def _row_visibility(tree: Tensor | None, length: int, start: int, num_tokens: int, window: int) -> Tensor | None:
@@ -113,8 +110,9 @@ def _attend_rows(
 ) -> Tensor:
     batch, num_tokens, num_heads, _ = q.shape
     lengths, tables = cache_len.tolist(), page_table.tolist()
-    if finite and softcap == 0 and sinks is None and _alike(lengths, num_tokens, tables):
-        return _attend_together(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window)
+    if _alike(lengths, num_tokens, tables):
+        k, v, visible = _copy_of_rows(k_cache, v_cache, page_table, cache_len, tree_mask, num_tokens, window)
+        return _attend(q, k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks, finite).contiguous()
     out = q.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
     trees = None if tree_mask is None else generic.window_visibility(tree_mask, batch, num_tokens, q.device)
     for row, (length, pages) in enumerate(zip(lengths, tables, strict=True)):
@@ -122,7 +120,10 @@ def _attend_rows(
         k, v = (_live(cache, pages, start, length + num_tokens) for cache in (k_cache, v_cache))
         tree = None if trees is None else trees[row]
         visible = _row_visibility(tree, length, start, num_tokens, window)
-        out[row] = _attend_row(q[row], k.to(q.dtype), v.to(q.dtype), visible, scale, softcap, sinks, finite)
+        if visible is not None:
+            visible = visible[None]
+        k, v = k[None].to(q.dtype), v[None].to(q.dtype)
+        out[row] = _attend(q[row : row + 1], k, v, visible, scale, softcap, sinks, finite)[0]
     return out
 
 
@@ -138,28 +139,23 @@ def _alike(lengths: list[int], num_tokens: int, tables: list[list[int]]) -> bool
     return not few and longest * len(lengths) <= 4 * (sum(lengths) + num_tokens * len(lengths))
 
 
-def _attend_together(
-    q: Tensor,
+def _copy_of_rows(
     k_cache: Tensor,
     v_cache: Tensor,
     page_table: Tensor,
     cache_len: Tensor,
     tree_mask: Tensor | None,
-    scale: float,
+    num_tokens: int,
     window: int,
-) -> Tensor:
-    """All rows in one SDPA call, as long as the longest of them."""
-    num_tokens, num_kv_heads = q.shape[1], k_cache.shape[2]
-    group = q.shape[2] // num_kv_heads
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(keys [B, S, Hkv, D], values [B, S, Hkv, Dv], visible bool [B, N, S]) of rows of one page, S that of the longest."""
     longest = int(cache_len.max()) + num_tokens
-    visible = generic._window_and_prefix_visibility(tree_mask, cache_len, num_tokens, longest, window)  # [B, N, S]
-    unseen = ~visible.any(1)[:, :, None, None]  # nobody's slots may hold NaN
-    pages = page_table[:, 0].long()
-    k, v = (cache[pages, :longest].to(q.dtype).masked_fill_(unseen, 0.0).transpose(1, 2) for cache in (k_cache, v_cache))
-    grouped = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * N, D]
-    mask = visible.repeat(1, group, 1)[:, None]  # [B, 1, G * N, S]
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)  # [B, Hkv, G * N, Dv]
-    return out.unflatten(2, (group, num_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+    visible = generic._window_and_prefix_visibility(tree_mask, cache_len, num_tokens, longest, window)
+    # Slots that nobody sees may hold NaN, which no mask removes: the row's newest token, which somebody does see, stands in.
+    slot = torch.where(visible.any(1), torch.arange(longest), cache_len.long()[:, None])  # [B, S]
+    place = (slot + page_table[:, :1].long() * k_cache.shape[1]).flatten()  # [B * S], over the slots of all pages
+    k, v = (cache.view(-1, *cache.shape[2:]).index_select(0, place).unflatten(0, slot.shape) for cache in (k_cache, v_cache))
+    return k, v, visible
 
 
 def _all_finite(*tensors: Tensor) -> bool:
@@ -228,6 +224,32 @@ def mla_attention_torch(
 mla_attention_torch.register_fake(generic.mla_attention_fake)
 
 
+def _short_prompts(bounds: list[int], window: int) -> bool:
+    """Whether prompts are many, short, not mostly padding, and see all of themselves."""
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    longest = max(lengths)
+    if len(lengths) < 4 or not 0 < longest <= _MOST_SLOTS_TOGETHER or 0 < window < longest:
+        return False
+    return longest * len(lengths) <= 4 * bounds[-1]
+
+
+def _attend_prompts_together(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """All prompts in one SDPA call, padded at their ends, where no token of theirs looks."""
+    lengths = cu_seqlens.diff()  # [B]
+    position = torch.arange(int(lengths.max()))
+    inside = position < lengths[:, None]  # [B, S]
+    group = q.shape[1] // k.shape[1]
+
+    def padded(packed: Tensor) -> Tensor:
+        """[T, H, D] -> [B, H, S, D], zeros behind each prompt."""
+        out = packed.new_zeros(*inside.shape, *packed.shape[1:])
+        out[inside] = packed
+        return out.transpose(1, 2)
+
+    keys, values = (padded(x).repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(padded(q), keys, values, is_causal=True, scale=scale).transpose(1, 2)[inside]
+
+
 def _attend_prompts(
     q: Tensor,
     k: Tensor,
@@ -243,6 +265,8 @@ def _attend_prompts(
     bounds = cu_seqlens.tolist()
     group = q.shape[1] // k.shape[1]
     finite = _all_finite(k, v)
+    if q.device.type == "cpu" and finite and softcap == 0 and sinks is None and _short_prompts(bounds, window):
+        return _attend_prompts_together(q, k, v, cu_seqlens, scale)
     for begin, end in itertools.pairwise(bounds):
         if begin == end:
             continue
@@ -252,7 +276,7 @@ def _attend_prompts(
             position = torch.arange(size, device=q.device)
             distance = position[:, None] - position[None]
             visible = (distance >= 0) & (distance < window if window > 0 else True)
-            out[begin:end] = _attend_row(qs, ks, vs, visible, scale, softcap, sinks, finite)
+            out[begin:end] = _attend(qs[None], ks[None], vs[None], visible[None], scale, softcap, sinks, finite)[0]
             continue
         # The group becomes a batch over which keys and values are broadcast, not copied.
         grouped = qs.unflatten(1, (-1, group)).permute(2, 1, 0, 3)  # [G, Hkv, S, D]
