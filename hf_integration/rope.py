@@ -71,11 +71,11 @@ def published_rope(sizes: Mapping[str, object], layer_types: Collection[str]) ->
     rope |= {key: value for given in spellings.values() for key, value in given.items() if value is not None}
     if rope["rope_type"] != "default" and sizes.get("original_max_position_embeddings"):
         rope.setdefault("original_max_position_embeddings", sizes["original_max_position_embeddings"])
-    part = rope.get("partial_rotary_factor") or sizes.get("partial_rotary_factor") or 1
-    if part != 1 and rope["rope_type"] != "proportional":  # which rotates all of a head, part of it by nothing
-        raise DraftError(
-            f"the draft head rotates a part of its features (partial_rotary_factor={part}), which is not supported."
-        )
+    if rope["rope_type"] != "proportional":
+        # Copied from targets that rotate a part of each head (Qwen3.5, GLM-4): the modules that heads are trained with rotate
+        # all of it. Sources: speculators' issue 613, DeepSpec's pull request 72 (accepted lengths of both readings);
+        # transformers models/{llama,qwen3}; SafeAILab/EAGLE eagle/model/cnets.py, SpecForge modeling/draft/llama3_eagle.py.
+        rope.pop("partial_rotary_factor", None)
     return rope
 
 
