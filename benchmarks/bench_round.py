@@ -36,11 +36,11 @@ from torch import nn
 
 from spec_compile.config import RoundShape, SpecConfig
 from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
-from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import DecodeState, SamplingPlan

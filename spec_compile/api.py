@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from spec_compile.config import SpecConfig
-from spec_compile.drafts import load_draft, make_draft
+from spec_compile.drafts.dflash_runner import DFlashRunner
+from spec_compile.drafts.head_runner import HeadRunner
+from spec_compile.drafts.make import load_draft, make_draft
 from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import Hardware, detect_hardware
@@ -21,9 +23,7 @@ from spec_compile.hf_integration.quantized_layers import check_quantized, settle
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
-from spec_compile.runtime.dflash_runner import DFlashRunner
 from spec_compile.runtime.engine import Engine
-from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.tune import AttentionTuner

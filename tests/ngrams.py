@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spec_compile.drafts.base import Verified
 from spec_compile.drafts.ngram import NgramDraft
+from spec_compile.runtime.draft import Verified
 from spec_compile.runtime.state import DecodeState
 
 

@@ -9,7 +9,7 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
-from spec_compile.drafts import _check_head
+from spec_compile.drafts.make import _check_head
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.capture import capture_head_prefill, capture_head_window
 from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from spec_compile import spec_compile
-from spec_compile.drafts.base import Proposal
 from spec_compile.drafts.causal_lm import CausalLMDraft
+from spec_compile.runtime.draft import Proposal
 
 V = 8
 # Token 5 just stood behind "3 4": the n-gram draft proposes it, and more of the prompt behind it.

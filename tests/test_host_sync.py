@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.drafts.base import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.drafts.causal_lm import CausalLMDraft
 from spec_compile.drafts.dflash import DFlashDraft
+from spec_compile.drafts.dflash_runner import DFlashRunner
 from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.drafts.pending import PendingStates
@@ -31,8 +32,7 @@ from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.dflash import random_dflash_head
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
 from spec_compile.hf_integration.mtp import random_mtp_layers
-from spec_compile.runtime.dflash_runner import DFlashRunner
-from spec_compile.runtime.head_runner import HeadRunner
+from spec_compile.runtime.draft import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.round import run_round

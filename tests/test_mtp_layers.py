@@ -22,14 +22,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.config import SpecConfig, chain
-from spec_compile.drafts.base import MOST_PENDING, Proposal
 from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.mtp import MtpLayers, random_mtp_layers
 from spec_compile.hf_integration.taps import NORMED
+from spec_compile.runtime.draft import MOST_PENDING, Proposal
 from spec_compile.runtime.engine import Engine
-from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.round import round_inputs

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.config import chain
 from spec_compile.drafts.eagle import EagleDraft
+from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
@@ -26,7 +27,6 @@ from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
 from spec_compile.hf_integration.recurrent_layers import recurrent_capture
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.engine import Engine, Request
-from spec_compile.runtime.head_runner import HeadRunner
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import SamplingPlan

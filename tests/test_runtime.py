@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
 from spec_compile.config import SpecConfig, chain
-from spec_compile.drafts import make_draft
+from spec_compile.drafts.make import make_draft
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.runtime.engine import Engine, Request

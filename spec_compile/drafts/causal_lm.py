@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Proposal, RoundInputs, Verified
 from spec_compile.errors import DraftError
 from spec_compile.ops.sampling import DRAFT_STREAM
+from spec_compile.runtime.draft import Proposal, RoundInputs, Verified
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.program import StageProgram
 from spec_compile.runtime.state import DecodeState, SamplingPlan

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Proposal, RoundInputs, Verified
 from spec_compile.drafts.choose import choose_tokens
+from spec_compile.drafts.dflash_runner import DFlashRunner
 from spec_compile.hf_integration.dflash import DFlashHead
-from spec_compile.runtime.dflash_runner import DFlashRunner
+from spec_compile.runtime.draft import Proposal, RoundInputs, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spec_compile.drafts.base import MOST_PENDING, Verified
+from spec_compile.runtime.draft import MOST_PENDING, Verified
 from spec_compile.runtime.state import DecodeState
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape, SpecConfig, chain
-from spec_compile.drafts.base import MOST_PENDING, Draft
 from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.ops.sampling import TARGET_STREAM
 from spec_compile.runtime.device_time import eager_milliseconds
+from spec_compile.runtime.draft import MOST_PENDING, Draft
 from spec_compile.runtime.graphs import GraphCache
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.policy import DraftPolicy

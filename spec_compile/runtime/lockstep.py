@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape, chain
-from spec_compile.drafts.base import RoundInputs, Verified
+from spec_compile.runtime.draft import RoundInputs, Verified
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.round import round_inputs, verify
 from spec_compile.runtime.state import DecodeState, SamplingPlan

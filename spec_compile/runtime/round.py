@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.drafts.base import Draft, Proposal, RoundInputs, Tree, Verified
 from spec_compile.ops import accept as accept_ops  # registers spec_compile::accept_greedy, …
 from spec_compile.ops import accept_block as accept_block_ops
 from spec_compile.ops import accept_tree as accept_tree_ops
 from spec_compile.ops import kv_cache as kv_cache_ops
 from spec_compile.ops import round_inputs as round_inputs_ops
 from spec_compile.ops import simulate as simulate_ops
+from spec_compile.runtime.draft import Draft, Proposal, RoundInputs, Tree, Verified
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
