@@ -15,8 +15,9 @@ import pytest
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spec_compile.drafts import dflash_runner, head_runner
 from spec_compile.passes.graph import StageGraph, placeholders
-from spec_compile.runtime import dflash_runner, head_runner, model_runner
+from spec_compile.runtime import model_runner
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _traced: dict[tuple, StageGraph] = {}
