@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spec_compile.errors import CaptureError
+from spec_compile.hf_integration.capture_context import STATE_PARTS, CaptureContext
 from spec_compile.hf_integration.mask_windows import position_mask, position_stand_ins
 from spec_compile.hf_integration.own_attention import masks_hold_windows
-from spec_compile.hf_integration.recurrent_layers import RECURRENT, STATE_PARTS, PassThroughStates, recurrent_capture
-from spec_compile.hf_integration.taps import Tap
+from spec_compile.hf_integration.recurrent_layers import RECURRENT, PassThroughStates, recurrent_capture
 from spec_compile.hf_integration.transformers_private import attention_name, experts_name
-from spec_compile.ops import attention as attention_ops  # registers the ops that the graph will hold
 
 NAME = "spec_compile"
 
@@ -34,24 +32,6 @@ _HARMLESS_KWARGS = {
     "return_dict", "logits_to_keep", "training", "attention_dropout", "cu_seq_lens_q", "cu_seq_lens_k",
     "max_length_q", "max_length_k", "output_router_logits", "block_sequence_ids", "scaling", "softcap", "s_aux",
 }  # fmt: skip
-
-
-@dataclass
-class CaptureContext:
-    """The tensors our ops name besides what the model computes. Their values are never read: the graph is rebound to real
-    ones."""
-
-    page_table: Tensor
-    cache_len: Tensor
-    state_slot: Tensor
-    positions: tuple[Tensor, Tensor] | None  # stand-ins in masks; None where the model's attention reads windows from its call
-    slots: dict[tuple[int, str], Tensor]  # (layer, "k" | "v" | "kv" | one of STATE_PARTS) -> stand-in
-    cache: CaptureCache = field(init=False)
-    states: dict[Tap, Tensor] = field(default_factory=dict)  # tapped hidden states
-    recurrent_layer: int = -1  # the one that is running
-
-    def slot(self, layer_idx: int, part: str) -> Tensor:
-        return self.slots[layer_idx, part]
 
 
 _context: CaptureContext | None = None  # read by functions that transformers calls; set only by capture_context
@@ -257,6 +237,3 @@ def capture_context(model: PreTrainedModel, batch: int) -> Iterator[CaptureConte
     finally:
         _context = None
         model.set_attn_implementation(original)
-
-
-__all__ = ["CaptureContext", "attention_ops", "capture_context", "check_layer_types", "recurrent_layers"]

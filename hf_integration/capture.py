@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 from spec_compile.errors import CaptureError, SpecCompileError
 from spec_compile.hf_integration.attention_interface import (
-    CaptureContext,
     capture_context,
     check_layer_types,
     recurrent_layers,
 )
 from spec_compile.hf_integration.caches import cache_argument
+from spec_compile.hf_integration.capture_context import CaptureContext
 from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.hf_integration.mask_windows import read_windows
@@ -36,7 +36,6 @@ from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.private_copy import ask_for_logits_alone, private_copy
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
 from spec_compile.hf_integration.taps import Tap, tapped
-from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
 from spec_compile.ops.torch_private import dynamo_switch, forget_traces, mark_dynamic, static_shapes
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
 
@@ -381,15 +380,3 @@ def _check(model: PreTrainedModel, graph: StageGraph) -> None:
                 "attentions in one), and a layer has one cache.",
             )
         )
-
-
-__all__ = [
-    "capture_block",
-    "capture_dflash_context",
-    "capture_head_prefill",
-    "capture_head_window",
-    "capture_prefill",
-    "capture_window",
-    "kv_cache_ops",
-    "refusal",
-]

@@ -15,15 +15,12 @@ from torch import Tensor, fx
 from transformers import DynamicCache, PretrainedConfig
 
 from spec_compile.errors import CaptureError
-from spec_compile.ops import attention as attention_ops  # registers the ops
+from spec_compile.ops import OPS
 from spec_compile.passes.graph import RuntimeInput, StageGraph, placeholders
 
-__all__ = ["attention_ops", "longest_text", "position_mask", "position_stand_ins", "read_windows"]
-
-_OPS = torch.ops.spec_compile
 _MASK = {  # where an op takes its tree mask, and its window
-    _OPS.attention: (7, 9),
-    _OPS.mla_attention: (5, None),
+    OPS.attention: (7, 9),
+    OPS.mla_attention: (5, None),
 }
 _FAR = 1 << 40  # a position far behind every context
 _UNLIMITED = 1 << 31  # no window is as wide: so far back means all the way
@@ -72,7 +69,7 @@ def longest_text(graph: StageGraph, config: PretrainedConfig) -> int | None:
     layers = DynamicCache(config=config).layers
     limits = []
     for node in graph.gm.graph.nodes:
-        if node.target is _OPS.attention:
+        if node.target is OPS.attention:
             layer, window = node.args[3].meta["binding"].layer, node.args[9]
             kept = getattr(layers[layer], "sliding_window", None) if layer < len(layers) else None
             limits += [kept] if kept and not 0 < window <= kept else []

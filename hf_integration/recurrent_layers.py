@@ -10,7 +10,6 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from spec_compile.errors import CaptureError
-from spec_compile.ops import linear_attention as linear_attention_ops  # registers the ops that the graph will hold
-
-if TYPE_CHECKING:
-    from spec_compile.hf_integration.attention_interface import CaptureContext
-
-__all__ = ["RECURRENT", "STATE_PARTS", "PassThroughStates", "linear_attention_ops", "modeling_modules", "recurrent_capture"]
+from spec_compile.hf_integration.capture_context import CaptureContext
+from spec_compile.ops import OPS
 
 RECURRENT = "linear_attention"  # transformers' layer type
-STATE_PARTS = ("conv", "conv_window", "state", "kv_window", "gate_window")
 _CONVOLUTION = "causal_conv1d_fn"
 _RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
@@ -116,7 +110,7 @@ def _convolution(context: CaptureContext) -> Callable:
         if activation not in ("silu", "swish"):
             raise CaptureError(f"a convolution followed by {activation!r}; only SiLU can be captured.")
         layer = context.recurrent_layer
-        out = torch.ops.spec_compile.conv_verify(
+        out = OPS.conv_verify(
             hidden_states.transpose(1, 2),
             weight,
             bias,
@@ -146,7 +140,7 @@ def _delta_rule(context: CaptureContext) -> Callable:
         if not use_qk_l2norm_in_kernel:
             raise CaptureError("a gated delta rule over keys of any length; only unit keys can be captured.")
         layer = context.recurrent_layer
-        out = torch.ops.spec_compile.gated_delta_rule(
+        out = OPS.gated_delta_rule(
             query,
             key,
             value,

@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TOKENS = 16
-
 
 @torch.library.custom_op("spec_compile::skinny_linear", mutates_args=(), device_types="cuda")
 def skinny_linear(x: Tensor, weight: Tensor, block_n: int, block_k: int, num_stages: int, num_warps: int) -> Tensor:
     """``F.linear(x, weight)`` of at most 16 tokens by a Triton kernel, summed in float32.
 
     Args:
-        x: [..., K], float16 or bfloat16; the leading dims hold at most ``MAX_TOKENS`` tokens.
+        x: [..., K], float16 or bfloat16; the leading dims hold at most 16 tokens (``skinny_tiles.MAX_TOKENS``).
         weight: [N, K], contiguous, of the same dtype.
         block_n: weight rows of a program; N is a multiple of it.
         block_k: of each of them, what is read at once; K is a multiple of it.

@@ -13,10 +13,7 @@ import torch
 from torch import fx
 
 from spec_compile.errors import CaptureError
-from spec_compile.ops import linear_attention as linear_attention_ops  # registers spec_compile::gated_delta_rule, …
 from spec_compile.passes.graph import StageGraph, fake, finish
-
-__all__ = ["fold_gates", "linear_attention_ops"]
 
 _RULE = torch.ops.spec_compile.gated_delta_rule
 _RAW = torch.ops.spec_compile.gdn_verify

@@ -19,12 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
-from spec_compile.ops import kv_cache as kv_cache_ops  # registers spec_compile::kv_write
-from spec_compile.ops import linear_attention as linear_attention_ops  # registers spec_compile::conv_verify, …
 from spec_compile.passes.graph import StageGraph, fake, lazy_code, placeholders
 from spec_compile.passes.select_backend import needs_provider
-
-__all__ = ["kv_cache_ops", "linear_attention_ops", "partition", "segment_key"]
 
 _WRITES = tuple(
     getattr(torch.ops.spec_compile, name) for name in ("kv_write", "kv_write_packed", "conv_verify", "conv_prefill")

@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from spec_compile.ops import page_table as page_table_ops  # registers the op that is inserted
+from spec_compile.ops.page_table import ring_pages
 from spec_compile.passes.graph import StageGraph, fake
 from spec_compile.passes.select_backend import provided_nodes
-
-__all__ = ["page_table_ops", "ring_tables"]
 
 _WINDOWED = ("attention", "prefill_attention")
 _PAGE_TABLE, _WINDOW = 5, -3  # positions among their arguments
@@ -33,7 +31,7 @@ def ring_tables(graph: StageGraph, page_size: int, pages_per_row: int) -> StageG
     for node in provided_nodes(graph):
         if getattr(node.target, "overloadpacket", node.target) not in windowed:
             continue
-        pages = page_table_ops.ring_pages(node.args[_WINDOW], page_size, pages_per_row)
+        pages = ring_pages(node.args[_WINDOW], page_size, pages_per_row)
         if pages == pages_per_row:
             continue
         whole = node.args[_PAGE_TABLE]

@@ -20,7 +20,6 @@ from torch import fx
 
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
-from spec_compile.ops import linear_attention as _delta_ops  # noqa: F401 (registers spec_compile::gdn_verify, …)
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode, DeltaNode, Node
 from spec_compile.ops.torch_private import OpOverload

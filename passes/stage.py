@@ -11,23 +11,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from spec_compile.ops import attention as attention_ops  # registers the ops that are staged
-from spec_compile.ops import kv_cache as kv_cache_ops
-from spec_compile.ops import linear_attention as linear_attention_ops
+from spec_compile.ops import OPS
 from spec_compile.passes.graph import StageGraph, add_runtime_input, fake, finish, placeholders
 
-__all__ = ["attention_ops", "kv_cache_ops", "linear_attention_ops", "stage"]
-
-_OPS = torch.ops.spec_compile
-_ATTENTION = (_OPS.attention, _OPS.mla_attention)
-_RECURRENT = (_OPS.conv_verify, _OPS.gdn_verify)
+_ATTENTION = (OPS.attention, OPS.mla_attention)
+_RECURRENT = (OPS.conv_verify, OPS.gdn_verify)
 # An op over windows, its form over packed prompts, and how many of its arguments come first that have an entry a token.
 _PACKED = {
-    _OPS.attention: (_OPS.prefill_attention, 3),
-    _OPS.mla_attention: (_OPS.mla_prefill_attention, 2),
-    _OPS.kv_write: (_OPS.kv_write_packed, 2),
-    _OPS.conv_verify: (_OPS.conv_prefill, 1),
-    _OPS.gdn_verify: (_OPS.gdn_prefill, 5),
+    OPS.attention: (OPS.prefill_attention, 3),
+    OPS.mla_attention: (OPS.mla_prefill_attention, 2),
+    OPS.kv_write: (OPS.kv_write_packed, 2),
+    OPS.conv_verify: (OPS.conv_prefill, 1),
+    OPS.gdn_verify: (OPS.gdn_prefill, 5),
 }
 
 

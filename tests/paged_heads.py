@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from spec_compile.hf_integration.attention_interface import CaptureContext, capture_context
+from spec_compile.hf_integration.attention_interface import capture_context
+from spec_compile.hf_integration.capture_context import CaptureContext
 from spec_compile.hf_integration.draft_head import DraftHead
 
 PAGE_SIZE = 4

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import spec_compile.ops.attention  # noqa: F401 (registers the ops)
 from spec_compile.ops.providers import AttentionNode, Lowered
 from spec_compile.passes.graph import CacheSlot, RuntimeInput, StageGraph, placeholders
 

@@ -11,7 +11,8 @@ from test_triton_kernels import interpreter, run_interpreted  # noqa: F401 (a fi
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spec_compile.ops.skinny_linear import MAX_TOKENS, skinny_linear
+from spec_compile.ops.skinny_linear import skinny_linear
+from spec_compile.ops.skinny_tiles import MAX_TOKENS
 from spec_compile.runtime import skinny_linears
 from spec_compile.runtime.skinny_linears import LinearChoice, use_skinny_linears
 
@@ -21,7 +22,8 @@ WIDE = (4096, 1024)  # 8 MiB in bfloat16, the least that is tried
 
 INTERPRETED = """
 import torch
-from spec_compile.ops.kernels.skinny_linear import fitting_tiles, skinny_linear
+from spec_compile.ops.kernels.skinny_linear import skinny_linear
+from spec_compile.ops.skinny_tiles import fitting_tiles
 torch.manual_seed({seed})
 for n, k in ((64, 256), (128, 512)):
     weight = torch.randn(n, k, dtype=torch.float16)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.cascade import folded_columns
+from spec_compile.ops.folds import folded_columns
 from spec_compile.ops.kernels.online_softmax import LOG2_E, any_broken, logits, normalize, online_softmax_step
 from spec_compile.ops.kernels.tree_mask import token_depth, visible_columns
 
@@ -24,7 +24,7 @@ TILE_ELEMENTS = 4096
 
 @triton.jit
 def _bulk_start(prefix, num_tokens, page_size, window, HAS_WINDOW: tl.constexpr):
-    """First slot of ``ops.cascade.bulk_range`` in one row; the end is ``prefix``."""
+    """First slot of ``ops.folds.bulk_range`` in one row; the end is ``prefix``."""
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(prefix + num_tokens - window, 0)

@@ -1,4 +1,4 @@
-"""The kernel behind ``ops/skinny_linear.py``, and the tiles worth trying.
+"""The kernel behind ``ops/skinny_linear.py``.
 
 A program holds BLOCK_N rows of the weight against all tokens and streams through K: nothing is shared between programs and
 nothing summed behind them. The weight is the left operand, so that a few tokens fill the narrow side of a tensor core product.
@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec_compile.ops.skinny_linear import MAX_TOKENS
-
-# (block_n, block_k, num_stages, num_warps). On an H200, 8 tokens, bfloat16, µs of cuBLAS and of the best of these: 4096 to 4096
-# 12.6 and 11.1, 4096 to 6144 16.2 and 14.9, 4096 to 128256 249 and 241; 4096 to 28672 57.7 and 58.5, where cuBLAS stays.
-TILES = ((64, 128, 6, 4), (64, 256, 4, 4), (128, 128, 4, 8))
+from spec_compile.ops.skinny_tiles import MAX_TOKENS
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -53,12 +49,3 @@ def skinny_linear(x: Tensor, weight: Tensor, block_n: int, block_k: int, num_sta
             num_warps=num_warps,
         )  # fmt: skip
     return out
-
-
-def fitting_tiles(n: int, k: int, itemsize: int, shared: int) -> list[tuple[int, int, int, int]]:
-    """The ``TILES`` that divide a weight [n, k] and whose reads in flight fit into ``shared`` bytes."""
-    return [
-        (block_n, block_k, stages, warps)
-        for block_n, block_k, stages, warps in TILES
-        if n % block_n == 0 and k % block_k == 0 and stages * (block_n + MAX_TOKENS) * block_k * itemsize <= shared
-    ]

@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk
 from spec_compile.ops.sampling import DRAFT_STREAM
 from spec_compile.runtime.state import DecodeState, SamplingPlan
-
-__all__ = ["choose_tokens", "tree_ops"]
 
 
 def choose_tokens(

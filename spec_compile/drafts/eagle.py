@@ -18,12 +18,8 @@ from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.pending import new_pending, no_pending
 from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
-from spec_compile.ops import tree as tree_ops  # registers spec_compile::draft_topk, …
 from spec_compile.runtime.draft import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
-
-__all__ = ["EagleDraft", "round_inputs_ops", "tree_ops"]
 
 
 class EagleDraft:

@@ -25,11 +25,8 @@ from spec_compile.config import RoundShape
 from spec_compile.drafts.choose import choose_tokens
 from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.pending import new_pending, no_pending
-from spec_compile.ops import round_inputs as round_inputs_ops  # registers spec_compile::extend_inputs
 from spec_compile.runtime.draft import MOST_PENDING, Proposal, RoundInputs, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
-
-__all__ = ["MtpLayersDraft", "round_inputs_ops"]
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.ops import ngram as ngram_ops  # registers spec_compile::ngram_propose
 from spec_compile.runtime.draft import Proposal, RoundInputs, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
-
-__all__ = ["NgramDraft", "ngram_ops"]
 
 
 class NgramDraft:

@@ -9,29 +9,9 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.ops import accept as accept_ops  # registers spec_compile::accept_greedy, …
-from spec_compile.ops import accept_block as accept_block_ops
-from spec_compile.ops import accept_tree as accept_tree_ops
-from spec_compile.ops import kv_cache as kv_cache_ops
-from spec_compile.ops import round_inputs as round_inputs_ops
-from spec_compile.ops import simulate as simulate_ops
 from spec_compile.runtime.draft import Draft, Proposal, RoundInputs, Tree, Verified
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.state import DecodeState, SamplingPlan
-
-__all__ = [
-    "Accepted",
-    "accept_block_ops",
-    "accept_ops",
-    "accept_tree_ops",
-    "commit",
-    "kv_cache_ops",
-    "round_inputs",
-    "round_inputs_ops",
-    "run_round",
-    "simulate_ops",
-    "verify",
-]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spec_compile.ops.providers.triton import device_limits
-from spec_compile.ops.skinny_linear import MAX_TOKENS
+from spec_compile.ops.skinny_tiles import MAX_TOKENS, fitting_tiles
 from spec_compile.passes.graph import placeholders
 from spec_compile.runtime.device_time import graph_milliseconds
 
@@ -85,8 +85,6 @@ def _weight(node: fx.Node, values: dict[fx.Node, object]) -> Tensor | None:
 
 def measured(tokens: int, weight: Tensor) -> LinearChoice | None:
     """``F.linear`` and the kernel, in CUDA graphs over more weights than the L2 cache holds; None if nothing fits."""
-    from spec_compile.ops.kernels.skinny_linear import fitting_tiles
-
     _, shared = device_limits(weight.device)
     candidates = fitting_tiles(*weight.shape, weight.element_size(), shared)
     if not candidates:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("shape", [(4096, 4096), (6144, 4096), (4096, 14336), (128256, 4096), (4096, 12288)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from spec_compile.ops.kernels.skinny_linear import fitting_tiles
+    from spec_compile.ops.skinny_tiles import fitting_tiles
 
     weight = torch.randn(shape, dtype=dtype, device="cuda") * 0.02
     tiles = fitting_tiles(*shape, 2, 224 * 1024)
