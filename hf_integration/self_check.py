@@ -109,12 +109,17 @@ def _random_ids(model: PreTrainedModel, count: int) -> Tensor:
 
 
 def _error(got: Tensor, expected: Tensor, regions: list[slice]) -> float:
-    """The largest median over ``regions`` of the error relative to the logits' spread; got and expected are [P + N, V]."""
-    got, expected = got.float(), expected.float()
-    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    """The largest median over ``regions`` of the error relative to the logits' spread; got and expected are [P + N, V].
+
+    Counted are logits that are numbers by the model itself: not those that overflow, nor those that it sets to -inf or the
+    least number (tokens that must not be said), beside which all others would look alike.
+    """
+    counted = expected.abs() < torch.finfo(expected.dtype).max / 2  # NaN is not
+    got, expected = (x.float().masked_fill(~counted, 0.0) for x in (got, expected))
+    mean = expected.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
+    spread = (expected - mean).masked_fill(~counted, 0.0).norm(dim=-1)
     errors = (got - expected).norm(dim=-1) / spread.clamp(min=1e-30)  # [P + N]
     errors = torch.where(errors.isfinite(), errors, torch.inf)
-    errors[~expected.isfinite().all(-1)] = 0.0  # the model overflows by itself
     return max(float(errors[region].median()) for region in regions)
 
 

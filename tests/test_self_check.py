@@ -145,10 +145,24 @@ def test_outputs_that_a_configuration_asks_for_are_not_computed() -> None:
     assert model.config.output_router_logits is True
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.finfo(torch.float32).min])
+def test_logits_that_are_no_numbers_by_the_model_itself_hide_no_fault_of_the_others(value: float) -> None:
+    """They overflow, or are set so that tokens are never said (Chameleon's images, rows that pad a vocabulary)."""
+    model = tiny_model("llama")
+    model.lm_head = nn.Linear(64, 96)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.12)
+        model.lm_head.bias.zero_()[:3] = value
+    graph = captured(model)
+    check_capture(model, graph)
+    with pytest.raises(CaptureError, match="captured graph is not its forward"):
+        check_capture(model, plant(graph, "scale"))
+
+
 def test_overflow_of_the_models_own_is_no_fault_of_the_graph() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
-        model.lm_head.weight[:3] = torch.inf
+        model.model.norm.weight[:3] = torch.inf
     check_capture(model, captured(model))
 
 
