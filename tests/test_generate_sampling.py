@@ -52,6 +52,7 @@ def law(model: PreTrainedModel, warpers: list) -> Tensor:
 
 def distance(model: PreTrainedModel, expected: Tensor, samples: int, settings: dict) -> float:
     """Total variation between ``samples`` sampled pairs and ``expected``. Three tokens are made, so that windows matter."""
+    assert samples % 500 == 0, "noise_level() is of as many as are drawn"
     counts = torch.zeros(V * V)
     for _ in range(samples // 500):
         out = model.generate(PROMPT, do_sample=True, max_new_tokens=3, num_return_sequences=500, **settings)

@@ -290,7 +290,8 @@ def test_sampled_text_follows_the_models_law() -> None:
             head.lm_head.weight *= 0.5  # opinions, not certainties: drafts are accepted and refused
     model = spec_compile(target, draft=layers, compile="none", adaptive=False)
     settings, warpers = SETTINGS["top-p"]
-    expected, samples = law(toy(), warpers), 800
+    expected, samples = law(toy(), warpers), 1000
+    torch.manual_seed(0)  # three standard deviations: other noise in every run would miss them now and then
     assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples)
     assert 1.0 < model.spec.stats().accept_length < 3.0
 
