@@ -42,6 +42,7 @@ from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.runtime.decode import Timing, decode
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -81,12 +82,10 @@ class Bench:
         model = shapes.build_random(args.shape, getattr(torch, args.dtype), args.device)
         head = shapes.random_head(args.shape, model)
         compiler = SegmentCompiler(args.compile, hardware)
-        options = {"hardware": hardware, "backend": args.backend, "compiler": compiler, "page_size": SpecConfig.page_size}
+        options = RuntimeOptions(hardware, compiler, backend=args.backend, page_size=SpecConfig.page_size)
         return cls(
             args, model, head, hardware, compiler,
-            ModelRunner(model, stage="verify", **options),
-            ModelRunner(model, stage="verify", taps=head.taps, **options),
-            HeadRunner(head, stage="draft", **options),
+            ModelRunner(model, "verify", options), ModelRunner(model, "verify", options, head.taps), HeadRunner(head, options),
         )  # fmt: skip
 
     @property
@@ -96,17 +95,17 @@ class Bench:
     def engine(self, rounds: RoundShape) -> FilledEngine:
         """An engine of such rounds, without a pool; the pools of others are dropped, so no two may live at once."""
         for runner in (self.plain, self.target, self.draft):
-            runner.drop_pool()
+            runner.programs.drop_pool()
         shapes.reset_peaks()
         config = SpecConfig(adaptive=False, compile=self.args.compile, progress=False)
         if rounds.num_steps == 0:
-            return FilledEngine(self.plain, None, self.compiler, self.hardware, config)
+            return FilledEngine(self.plain, None, config)
         config = SpecConfig(
             num_steps=rounds.num_steps, topk=rounds.topk, num_draft_tokens=rounds.num_draft_tokens, adaptive=False,
             compile=self.args.compile, progress=False, simulate_accept_length=1.0,
         )  # fmt: skip
-        source = EagleDraft(self.draft, self.head, rounds, self.model.config.vocab_size)
-        return FilledEngine(self.target, source, self.compiler, self.hardware, config)
+        source = EagleDraft(self.draft, rounds, self.model.config.vocab_size)
+        return FilledEngine(self.target, source, config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,12 +114,12 @@ class Bench:
 
 def fill_caches(engine: Engine) -> None:
     """Random keys, values and states: zeros would need less power than real ones, and the clocks would show it."""
-    for runner in engine._runners():
-        for cache in runner.pool.caches.values():
+    for programs in engine.programs():
+        for cache in programs.pool.caches.values():
             cache.normal_()
-        if runner.states is not None:
-            runner.states.state.normal_()
-            runner.states.conv.normal_()
+        if programs.states is not None:
+            programs.states.state.normal_()
+            programs.states.conv.normal_()
     if engine.draft is not None:
         engine.draft.level_logits.normal_()
         engine.draft.level_states.normal_()

@@ -34,6 +34,7 @@ from spec_compile.ops import providers
 from spec_compile.passes.graph import fake
 from spec_compile.passes.select_backend import provided_nodes
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler, StageProgram
 
 PAGE_SIZE = 64
@@ -89,7 +90,7 @@ def without_attention(program: StageProgram, runner: ModelRunner) -> StageProgra
     graph.gm.recompile()
     bare = StageProgram(program.graph)
     bare.install(graph)
-    bare.bind(runner.pool.caches)
+    bare.bind(runner.programs.pool.caches)
     return bare
 
 
@@ -100,7 +101,7 @@ def step_inputs(runner: ModelRunner, step: Step) -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.randint(vocabulary, (step.batch, step.tokens), device=device),
         "position_ids": cache_len[:, None].long() + torch.arange(step.tokens, device=device),
-        "page_table": runner.pool.page_table[: step.batch],
+        "page_table": runner.programs.pool.page_table[: step.batch],
         "cache_len": cache_len,
     }
 
@@ -123,9 +124,9 @@ def step_ms(call: Callable[[], object], device: str, repeats: int) -> float:
 
 def measure(runner: ModelRunner, step: Step, args: argparse.Namespace) -> dict[str, Any]:
     """Times of one step with the runner's provider, and of its segments without attention."""
-    runner.pool = None  # each step reserves what it needs, no more
-    runner.reserve(step.batch, step.capacity)
-    for cache in runner.pool.caches.values():
+    runner.programs.drop_pool()  # each step reserves what it needs, no more
+    runner.programs.reserve(step.batch, step.capacity)
+    for cache in runner.programs.pool.caches.values():
         cache.normal_()
     program = runner.window_program(step.batch, step.tokens, argmax=True)
     inputs = step_inputs(runner, step)
@@ -133,7 +134,7 @@ def measure(runner: ModelRunner, step: Step, args: argparse.Namespace) -> dict[s
     bare = without_attention(program, runner)
     segments = step_ms(lambda: bare(**inputs), args.device, args.repeats)
     took.append(step_ms(lambda: program(**inputs), args.device, args.repeats))  # again: the difference is noise
-    [choices] = [c for name, c in runner.choices.items() if name != "prefill"]
+    [choices] = [c for name, c in runner.programs.choices.items() if name != "prefill"]
     return {
         "status": "ok",
         "ms": statistics.mean(took),
@@ -191,14 +192,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             try:
                 with shapes.time_limit(args.cell_budget):
-                    runner = runner or ModelRunner(
-                        model,
-                        stage="verify",
-                        hardware=hardware,
-                        backend={"verify": name},
-                        compiler=compiler,
-                        page_size=PAGE_SIZE,
-                    )
+                    options = RuntimeOptions(hardware, compiler, backend={"verify": name}, page_size=PAGE_SIZE)
+                    runner = runner or ModelRunner(model, "verify", options)
                     row |= measure(runner, step, args)
             except SpecCompileError as error:
                 row |= {"status": "refused", "reason": describe(error)}

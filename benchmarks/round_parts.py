@@ -84,8 +84,7 @@ def _op_bytes(name: str, args: tuple, out: object, looked_up: set[int]) -> int:
 @contextmanager
 def recording(engine: Engine) -> Iterator[list[Call]]:
     """Write down what rounds of ``engine`` call. Everything must be compiled already."""
-    runners = [engine.target, *(engine.draft.runners if engine.draft is not None else ())]
-    stages = {id(program): key[0] for runner in runners for key, program in runner._programs.items()}
+    stages = {id(program): key[0] for programs in engine.programs() for key, program in programs.built.items()}
     tables = [engine._buffers.tokens, engine._buffers.page_table]  # whole texts, and tables of ids and pages
     if engine.draft is not None and engine.draft.head.draft_ids is not None:
         tables.append(engine.draft.head.draft_ids)

@@ -10,21 +10,18 @@ import torch
 from transformers import PreTrainedModel
 
 from spec_compile.config import SpecConfig
-from spec_compile.drafts.dflash_runner import DFlashRunner
-from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.make import load_draft, make_draft
 from spec_compile.errors import ConfigError
 from spec_compile.handle import SpecHandle
 from spec_compile.hardware import Hardware, detect_hardware
-from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.hf_integration.quantized_layers import check_quantized, settle_weights
-from spec_compile.hf_integration.taps import Tap
 from spec_compile.passes.select_backend import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.tune import AttentionTuner
 
@@ -96,27 +93,20 @@ def spec_compile(
     if getattr(model, "spec", None) is not None:
         model.spec.remove()  # compiling again replaces, it does not stack
 
-    compiler = SegmentCompiler(config.compile, hardware)
-    tuner = AttentionTuner(hardware, device, config.progress)
-
-    def make(runner: type[ModelRunner], module: PreTrainedModel, stage: str, taps: tuple[Tap, ...] = ()) -> ModelRunner:
-        return runner(
-            module, stage=stage, hardware=hardware, backend=backend, compiler=compiler, page_size=config.page_size,
-            kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype), tuner=tuner, taps=taps,
-            self_check=config.self_check and stage == "verify",
-        )  # fmt: skip
-
+    options = RuntimeOptions(
+        hardware=hardware,
+        compiler=SegmentCompiler(config.compile, hardware),
+        backend=backend,
+        page_size=config.page_size,
+        kv_dtype=kv_pool.kv_dtype(config.kv_cache_dtype),
+        tuner=AttentionTuner(hardware, device, config.progress),
+        self_check=config.self_check,
+    )
     with torch.autocast(device.type, enabled=False):  # it would be traced into graphs that serve calls without it
         settle_weights(model)
-        source = make_draft(
-            draft,
-            model,
-            config,
-            lambda lm: make(ModelRunner, lm, "draft"),
-            lambda head: make(DFlashRunner if isinstance(head, DFlashHead) else HeadRunner, head, "draft"),
-        )
-        target = make(ModelRunner, model, "verify", () if source is None else source.taps)
-    model.spec = SpecHandle(model, Engine(target, source, compiler, hardware, config))
+        source = make_draft(draft, model, config, options)
+        target = ModelRunner(model, "verify", options, () if source is None else source.taps)
+    model.spec = SpecHandle(model, Engine(target, source, config))
     return model
 
 

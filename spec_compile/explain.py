@@ -5,7 +5,7 @@ from __future__ import annotations
 from spec_compile.config import RoundShape
 from spec_compile.passes.select_backend import Choice, needs, span
 from spec_compile.runtime.engine import Engine
-from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.programs import Programs
 
 
 def explain(engine: Engine) -> str:
@@ -16,10 +16,10 @@ def explain(engine: Engine) -> str:
         lines.append(f"SIMULATED acceptance of {simulated}: the emitted text is not the model's")
     draft = engine.draft
     lines.append(f"draft: {'none' if draft is None else f'{draft.kind}, {_rounds(draft.shape)}'}")
-    lines += _runner("target", engine.target)
-    runners = () if draft is None else draft.runners
-    for number, runner in enumerate(runners, 1):
-        lines += _runner("draft" if len(runners) == 1 else f"draft step {number}", runner)
+    lines += _programs("target", engine.target.programs)
+    drafting = () if draft is None else draft.programs
+    for number, programs in enumerate(drafting, 1):
+        lines += _programs("draft" if len(drafting) == 1 else f"draft step {number}", programs)
     for (tokens, outputs, inputs, _), choice in engine.compiler.linears.items():
         if choice is not None:
             times = f"{choice.kernel_us:.1f} us by the library's kernel, {choice.library_us:.1f} by cuBLAS"
@@ -38,19 +38,19 @@ def _rounds(shape: RoundShape) -> str:
     return f"trees of {shape.num_draft_tokens} tokens, {shape.num_steps} deep, {shape.topk} wide"
 
 
-def _runner(role: str, runner: ModelRunner) -> list[str]:
+def _programs(role: str, programs: Programs) -> list[str]:
     lines = []
-    if runner.states is not None:
-        states = runner.states
+    if programs.states is not None:
+        states = programs.states
         lines.append(
             f"{role}: {len(states.layout.layers)} recurrent layers, {(states.nbytes - states.window_bytes) / 2**20:.1f} MiB of "
             f"states, {states.window_bytes / 2**20:.1f} MiB for windows of up to {states.most_tokens} tokens"
         )
-    for name, choices in runner.choices.items():
+    for name, choices in programs.choices.items():
         lines.append(f"{role} graph: {name}")
         for choice in choices:
             lines += [f"  {line}" for line in _choice(choice)]
-        lines += [f"  {line}" for line in runner.reports[name] if not line.startswith("select_backend")]
+        lines += [f"  {line}" for line in programs.reports[name] if not line.startswith("select_backend")]
     return lines
 
 

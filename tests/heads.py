@@ -127,8 +127,8 @@ def reshape(model: PreTrainedModel, **options: object) -> None:
     """Let a compiled model draft rounds of another shape. What was captured stays: capturing is most of a test's time."""
     engine = model.spec._engine
     config = dataclasses.replace(engine.config, **{"topk": 1, "num_draft_tokens": None, "verification": "token", **options})
-    draft = EagleDraft(engine.draft.runners[0], engine.draft.head, config.round_shape(5), engine.draft.vocab_size)
-    model.spec._engine = Engine(engine.target, draft, engine.compiler, engine.hardware, config)
+    draft = EagleDraft(engine.draft.runner, config.round_shape(5), engine.draft.vocab_size)
+    model.spec._engine = Engine(engine.target, draft, config)
 
 
 def options_of(shape: str) -> dict[str, int]:

@@ -7,18 +7,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spec_compile.ops.page_table import ring_page_table
-from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.programs import Programs
 
 
-def stored(runner: ModelRunner, layer: int, table: Tensor, length: int) -> tuple[int, Tensor]:
+def stored(programs: Programs, layer: int, table: Tensor, length: int) -> tuple[int, Tensor]:
     """Everything one layer keeps of a row's first ``length`` entries, read slot by slot: the first of them that a later token
     can see, and [length - first, …]."""
-    window, pages = runner._layouts[layer].window, runner.pool.pages[layer]
+    window, pages = programs.layouts[layer].window, programs.pool.pages[layer]
     first = max(0, length - window + 1) if window else 0
     table = ring_page_table(table[None], pages)[0] if pages < len(table) else table
     parts = []
     for part in ("k", "v", "kv"):
-        cache = runner.pool.caches.get((layer, part))
+        cache = programs.pool.caches.get((layer, part))
         if cache is not None:
             size = cache.shape[1]
             parts.append(torch.stack([cache[table[s // size], s % size].flatten() for s in range(first, length)]))
@@ -31,8 +31,8 @@ def layers_of(cache: DynamicCache) -> list[Tensor]:
     return [torch.cat([x[0].transpose(0, 1).flatten(1) for x in pair], 1) for pair in pairs]
 
 
-def check_stored(runner: ModelRunner, table: Tensor, cache: DynamicCache, length: int, tolerance: float) -> None:
-    """``runner``'s caches of one row hold what ``cache`` does."""
+def check_stored(programs: Programs, table: Tensor, cache: DynamicCache, length: int, tolerance: float) -> None:
+    """The caches of one row hold what ``cache`` does."""
     for layer, expected in enumerate(layers_of(cache)):
-        first, got = stored(runner, layer, table, length)
+        first, got = stored(programs, layer, table, length)
         torch.testing.assert_close(got, expected[first:], rtol=tolerance, atol=tolerance)

@@ -52,9 +52,9 @@ def who_runs(model: PreTrainedModel) -> dict[str, set[str]]:
     """Providers by graph name, the draft's graphs too."""
     engine = model.spec._engine
     return {
-        f"{runner.stage}: {name}": {choice.provider for choice in choices}
-        for runner in (engine.target, *engine.draft.runners)
-        for name, choices in runner.choices.items()
+        f"{role}: {name}": {choice.provider for choice in choices}
+        for role, programs in zip(("verify", "draft"), engine.programs(), strict=True)
+        for name, choices in programs.choices.items()
     }
 
 
@@ -95,7 +95,7 @@ def test_layers_it_refuses_go_to_the_next(toy: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(preference, "RULES", (row, *RULES))
     model = compiled("auto", family="gemma3_text")
     assert torch.equal(generated(model), expected("gemma3_text"))
-    verify = model.spec._engine.target.choices["verify, 3 rows × 4 tokens"]
+    verify = model.spec._engine.target.programs.choices["verify, 3 rows × 4 tokens"]
     assert {choice.provider: choice.layers for choice in verify} == {"torch": (0,), "toy": (1,)}
 
 
@@ -142,9 +142,9 @@ def test_in_a_hybrid_each_stage_runs_on_its_own_providers_metadata(toy: None):
     }
     engine = model.spec._engine
     planned = {}
-    for runner in (engine.target, *engine.draft.runners):
-        for (stage, *_), program in runner._programs.items():
-            planned[runner.stage, stage] = any("toy_plan" in target for target in targets(program.gm))
+    for role, programs in zip(("verify", "draft"), engine.programs(), strict=True):
+        for (stage, *_), program in programs.built.items():
+            planned[role, stage] = any("toy_plan" in target for target in targets(program.gm))
     assert planned == {
         ("verify", "prefill"): False, ("verify", "verify"): True, ("draft", "prefill"): False,
         ("draft", "draft_extend"): False, ("draft", "draft"): False,

@@ -42,7 +42,7 @@ class PlayedGraphs:
 
 def text_of(broken: object, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Engine]:
     """Twenty rounds of all shapes in turn, over a fresh engine that believes in graphs."""
-    monkeypatch.setattr(Engine, "_leaves_out", True)
+    monkeypatch.setattr(Engine, "chooses", True)
     monkeypatch.setattr(engine_module, "eager_milliseconds", lambda step: (step(), 1.0)[1])
     model = tiny_model("llama")
     engine = spec_compile(model, draft=random_eagle3_head(model, draft_vocab_size=40), num_steps=3, compile="none").spec._engine

@@ -106,7 +106,7 @@ def test_the_cache_after_many_rounds_is_that_of_the_whole_text(taught: Pair) -> 
     """Blocks, refused drafts and windows over the end leave nothing behind in what later blocks attend to."""
     taught.check(5)
     assert len({length for row in taught.accept_lengths() for length in row}) > 2, "rounds of several lengths"
-    pool = taught.model.spec._engine.draft.runners[0].pool
+    pool = taught.model.spec._engine.draft.programs[0].pool
     with torch.no_grad():
         for row, (text, states) in enumerate(zip(taught.texts, taught.states, strict=True)):
             known = len(text) - 1
@@ -181,7 +181,7 @@ def test_weights_are_fused_once(taught: Pair) -> None:
         try:
             taught.head.layers[0].self_attn.v_proj.weight.zero_()  # seen by every program
             taught.check(3)
-            runner = taught.model.spec._engine.draft.runners[0]
+            runner = taught.model.spec._engine.draft.programs[0]
             assert not runner.pool.caches[0, "v"][runner.pool.page_table[0, 0], :PROMPT].any()
         finally:
             taught.head.layers[0].self_attn.v_proj.weight.copy_(before)

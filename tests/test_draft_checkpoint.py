@@ -139,7 +139,7 @@ def test_a_model_in_a_bin_file_of_either_kind_is_a_draft(tmp_path: Path, zipped:
     (tmp_path / "openvino_model.bin").write_bytes(b"no tensors")
     with pytest.warns(UserWarning, match=r"taken for a causal LM, .*openvino_model\.bin cannot be read"):
         spec_compile(model, draft=str(tmp_path), compile="none")
-    loaded = model.spec._engine.draft.runners[0].model.state_dict()
+    loaded = model.spec._engine.draft.programs[0].model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in draft.state_dict().items())
 
 

@@ -25,6 +25,7 @@ from spec_compile.hf_integration.mtp import random_mtp_head
 from spec_compile.runtime.draft import Verified
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -54,9 +55,8 @@ def runners_for(
         head = random_mtp_head(model, own_lm_head=True)
     else:
         head = random_eagle3_head(model, draft_vocab_size=draft_vocab_size, num_hidden_layers=2, sliding_window=head_window)
-    compiler = SegmentCompiler("none", hardware)
-    options = {"hardware": hardware, "backend": "torch", "compiler": compiler, "page_size": 16}
-    return ModelRunner(model, stage="verify", taps=head.taps, **options), HeadRunner(head, stage="draft", **options)
+    options = RuntimeOptions(hardware, SegmentCompiler("none", hardware), backend="torch", page_size=16)
+    return ModelRunner(model, "verify", options, head.taps), HeadRunner(head, options)
 
 
 def engine_for(
@@ -73,8 +73,7 @@ def engine_for(
     """What ``spec_compile()`` builds, on any hardware's terms."""
     config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, **options_of(shape), **options)
     target, runner = runners_for(family, hardware, hidden_size, vocab, head_window, mtp)
-    draft = EagleDraft(runner, runner.model, config.round_shape(5), 96)
-    return Engine(target, draft, target.compiler, hardware, config)
+    return Engine(target, EagleDraft(runner, config.round_shape(5), 96), config)
 
 
 def request(lengths: list[int], new_tokens: list[int], plan: SamplingPlan = GREEDY) -> Request:
@@ -111,13 +110,13 @@ def check_row(engine: Engine, state: DecodeState, row: int) -> None:
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     cache = DynamicCache()
     engine.target.model(text[None, :-1], use_cache=True, **{cache_argument(engine.target.model.forward): cache})
-    check_stored(engine.target, state.page_table[row], cache, length, 1e-4)
+    check_stored(engine.target.programs, state.page_table[row], cache, length, 1e-4)
 
-    head: DraftHead = engine.draft.head
+    head: DraftHead = engine.draft.runner.head
     states = head.project(target_states(engine.target.model, head.taps, text[:-1]))  # [1, L, H]
     cache = DynamicCache()
     hidden = head(text[None, 1:], states, torch.arange(length)[None], cache=cache)
-    check_stored(engine.draft.runners[0], state.page_table[row], cache, length, 1e-4)
+    check_stored(engine.draft.programs[0], state.page_table[row], cache, length, 1e-4)
     if not state.finished[row]:
         close(engine.draft.level_states[row], head.feedback(hidden)[0, -1])
         close(engine.draft.level_logits[row], head.logits(hidden)[0, -1])
@@ -130,7 +129,7 @@ def taught(engine: Engine, wanted: Request, **settings: object) -> None:
         engine.target.model.generate(prompt[None], max_new_tokens=count, do_sample=False)[0]
         for prompt, count in zip(wanted.prompts, new_tokens, strict=True)
     ]
-    fit(engine.draft.head, engine.target.model, texts, first=max(new_tokens), **settings)
+    fit(engine.draft.runner.head, engine.target.model, texts, first=max(new_tokens), **settings)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -197,11 +196,11 @@ def test_a_head_that_keeps_its_own_states_is_found(monkeypatch: pytest.MonkeyPat
     honest = EagleDraft.look_ahead
 
     def forgetful(self: EagleDraft, state: DecodeState, verified: Verified) -> None:
-        caches = {key: cache.clone() for key, cache in self.runners[0].pool.caches.items()}
+        caches = {key: cache.clone() for key, cache in self.programs[0].pool.caches.items()}
         honest(self, state, verified)
         for table, start, count in zip(state.page_table, verified.start.tolist(), verified.count.tolist(), strict=True):
             for slot in range(start, start + count - 1):  # drafted, and accepted
-                for key, cache in self.runners[0].pool.caches.items():
+                for key, cache in self.programs[0].pool.caches.items():
                     page = table[slot // cache.shape[1]], slot % cache.shape[1]
                     cache[page] = caches[key][page]
 
@@ -233,7 +232,7 @@ def test_a_head_that_knows_the_text_takes_the_fewest_rounds(shape: str) -> None:
         taught(engine, wanted, steps=steps, noise=0.0, ridge=1e-4)
         assert len(rounds(engine, engine.admit(wanted), GREEDY, 100)) == fewest
     state = engine.admit(wanted)
-    for cache in engine.draft.runners[0].pool.caches.values():
+    for cache in engine.draft.programs[0].pool.caches.values():
         cache.zero_()  # the control: without the prompt's entries it gets lost
     assert len(rounds(engine, state, GREEDY, 100)) > fewest
 
@@ -259,7 +258,7 @@ def test_caches_after_a_hundred_rounds_of_random_acceptance(family: str) -> None
     lost, overwritten or left behind on the way."""
     engine = engine_for(family, "2/4/8", simulate_accept_rates=(0.7, 0.4))
     state = engine.admit(request([170, 4, 1], [400, 120, 90]))
-    pool = engine.target.pool
+    pool = engine.target.programs.pool
     assert (min(pool.pages.values()) < pool.page_table.shape[1]) == (family == "gemma3_text")
     counts = rounds(engine, state, GREEDY, 100)
     assert len(counts) == 100 and {n for count in counts for n in count[:3]} == {0, 1, 2, 3}

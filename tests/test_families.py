@@ -86,7 +86,7 @@ def test_causal_lm_drafts(family: str, reference: PreTrainedModel) -> None:
 
 def test_capture_is_one_attention_op_a_layer_without_masks(reference: PreTrainedModel, model: PreTrainedModel) -> None:
     assert_same_text(reference, model, 3)
-    captured = model.spec._engine.target._captured
+    captured = model.spec._engine.target.programs.captured
     window, prefill = (graph.gm.graph for graph in (captured["verify", 3, 4], captured["prefill",]))
     for graph in (window, prefill):
         called = [n for n in graph.nodes if n.op == "call_function"]
@@ -102,7 +102,7 @@ def test_capture_is_one_attention_op_a_layer_without_masks(reference: PreTrained
 
 
 def test_the_support_matrix_knows_what_the_family_asks_of_kernels(family: str, model: PreTrainedModel) -> None:
-    nodes = [choice.node for choice in model.spec._engine.target.choices["prefill"]]
+    nodes = [choice.node for choice in model.spec._engine.target.programs.choices["prefill"]]
     asked = {(bool(node.window), node.softcap > 0, node.has_sinks, node.op.startswith("mla")) for node in nodes}
     listed = {(bool(node.window), node.softcap > 0, node.has_sinks, node.op.startswith("mla"))
               for node in FAMILY_TABLE[family].nodes("chain", torch.float32)}  # fmt: skip

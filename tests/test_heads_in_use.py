@@ -51,9 +51,9 @@ def test_pools_that_grow_and_shrink_between_requests(model: PreTrainedModel, ref
     longer = reference.config.max_position_embeddings  # of positions, not of slots
     for rows, prompt in ((1, 9), (3, 9), (2, longer - 20), (1, 9)):
         check(model, reference, rows, prompt)
-    before = model.spec._engine.target.pool.capacity
+    before = model.spec._engine.target.programs.pool.capacity
     model.spec._engine.reserve(1, 2 * before)
-    assert model.spec._engine.target.pool.capacity == model.spec._engine.draft.runners[0].pool.capacity == 2 * before
+    assert model.spec._engine.target.programs.pool.capacity == model.spec._engine.draft.programs[0].pool.capacity == 2 * before
     check(model, reference, 3)
 
 
@@ -62,17 +62,17 @@ def test_an_interrupt_between_two_pools_leaves_none(
 ) -> None:
     check(model, reference, 2)
     engine = model.spec._engine
-    capacity = 2 * engine.target.pool.capacity
+    capacity = 2 * engine.target.programs.pool.capacity
 
     def interrupted(rows: int, capacity: int) -> bool:
-        engine.draft.runners[0].reserve(rows, capacity)
+        engine.draft.programs[0].reserve(rows, capacity)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine.draft, "reserve", interrupted)
         engine.reserve(2, capacity)
     engine.reserve(2, capacity)
-    assert engine.target.pool.capacity == engine._buffers.tokens.shape[1] == capacity
+    assert engine.target.programs.pool.capacity == engine._buffers.tokens.shape[1] == capacity
     check(model, reference, 2)
 
 
@@ -152,12 +152,10 @@ def test_two_models_with_heads_take_turns(reference: PreTrainedModel) -> None:
 def test_remove_frees_the_head_and_its_pool(kind: str, reference: PreTrainedModel) -> None:
     model = compiled(kind)
     check(model, reference, 1)
-    engine = model.spec._engine
-    left = [
-        weakref.ref(x) for x in (engine, engine.draft, engine.draft.runners[0], engine.draft.runners[0].pool, engine.draft.head)
-    ]
+    engine, draft = model.spec._engine, model.spec._engine.draft
+    left = [weakref.ref(x) for x in (engine, draft, draft.programs[0], draft.programs[0].pool, draft.runner, draft.runner.head)]
     head_hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
-    del engine
+    del engine, draft
     model.spec.remove()
     gc.collect()
     assert [ref() for ref in left] == [None] * len(left) and not head_hooks

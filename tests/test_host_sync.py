@@ -32,9 +32,12 @@ from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.dflash import random_dflash_head
 from spec_compile.hf_integration.eagle3 import random_eagle3_head
 from spec_compile.hf_integration.mtp import random_mtp_layers
+from spec_compile.hf_integration.taps import Tap
 from spec_compile.runtime.draft import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.programs import Programs
 from spec_compile.runtime.round import run_round
 from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
 
@@ -43,6 +46,7 @@ DEVICE = torch.device("cuda" if torch.backends.cuda.is_built() else "meta")
 ROWS, NUM_STEPS, CAPACITY = 2, 3, 128
 TREE = RoundShape(NUM_STEPS, 3, 8)
 CPU = Hardware("cpu", "cpu", 1, "CPU")
+OPTIONS = RuntimeOptions(CPU, SegmentCompiler("none", CPU))
 
 
 class HostSync(AssertionError):
@@ -84,8 +88,8 @@ class FakeRounds:
         self.target, draft = self._runner(model, "verify"), self._runner(tiny_model("llama", num_hidden_layers=1), "draft")
         block_head = random_dflash_head(model, NUM_STEPS + 3, num_hidden_layers=2, taps=head.taps)
         self.tapped = self._runner(model, "verify", taps=head.taps)
-        blocks = self._runner(block_head, "draft", DFlashRunner)
-        heads = self._runner(head, "draft", HeadRunner)
+        blocks = DFlashRunner(block_head, OPTIONS)
+        heads = HeadRunner(head, OPTIONS)
         for argmax in (True, False):
             for num_tokens in (NUM_STEPS + 1, 1):
                 self.target.window_program(ROWS, num_tokens, argmax=argmax)
@@ -99,14 +103,14 @@ class FakeRounds:
             "causal_lm": CausalLMDraft(draft, chain(NUM_STEPS), 96),
         }
         for kind, shape in (("eagle chain", chain(NUM_STEPS)), ("eagle tree", TREE)):
-            eagle = self.drafts[kind] = EagleDraft(heads, head, shape, 96)
+            eagle = self.drafts[kind] = EagleDraft(heads, shape, 96)
             eagle.reserve(ROWS, CAPACITY)
             eagle.prepare(ROWS, SamplingPlan(), shape)
             self._fake_buffers(eagle)
         heads.extend_program(ROWS, MOST_PENDING)
         small = tiny_model("llama", num_hidden_layers=1)
         layers = random_mtp_layers(small, NUM_STEPS).heads
-        in_turn = [self._runner(layer, "draft", HeadRunner) for layer in layers]
+        in_turn = [HeadRunner(layer, OPTIONS) for layer in layers]
         self.small = self._runner(small, "verify", taps=layers[0].taps)
         mtp = self.drafts["mtp layers"] = MtpLayersDraft(tuple(in_turn), chain(NUM_STEPS), 96)
         mtp.reserve(ROWS, CAPACITY)
@@ -116,21 +120,18 @@ class FakeRounds:
             runner.extend_program(ROWS, NUM_STEPS - 1 + MOST_PENDING, all_states=True)
         for argmax, num_tokens in ((True, 1), (True, NUM_STEPS + 1), (False, NUM_STEPS + 1)):
             self.small.window_program(ROWS, num_tokens, argmax=argmax)
-        dflash = self.drafts["dflash"] = DFlashDraft(blocks, block_head, chain(NUM_STEPS), 96)
-        blocks.drop_pool()  # the draft makes its buffers with it
+        dflash = self.drafts["dflash"] = DFlashDraft(blocks, chain(NUM_STEPS), 96)
         dflash.reserve(ROWS, CAPACITY)
         dflash.prepare(ROWS, SamplingPlan(), dflash.shape)
         dflash.block_mask = self._fake(dflash.block_mask)
         for runner in (self.target, self.tapped, self.small, draft, heads, blocks, *in_turn):
-            self._to_device(runner)
+            self._to_device(runner.programs)
         head.draft_ids = self._fake(head.draft_ids)
 
     @staticmethod
-    def _runner(model: PreTrainedModel, stage: str, kind: type[ModelRunner] = ModelRunner, **options: object) -> ModelRunner:
-        runner = kind(
-            model, stage=stage, hardware=CPU, backend="auto", compiler=SegmentCompiler("none", CPU), page_size=64, **options
-        )
-        runner.reserve(ROWS, CAPACITY, TREE.num_draft_tokens)
+    def _runner(model: PreTrainedModel, stage: str, taps: tuple[Tap, ...] = ()) -> ModelRunner:
+        runner = ModelRunner(model, stage, OPTIONS, taps)
+        runner.programs.reserve(ROWS, CAPACITY, TREE.num_draft_tokens)
         return runner
 
     def _fake_buffers(self, draft: EagleDraft | MtpLayersDraft) -> None:
@@ -144,14 +145,14 @@ class FakeRounds:
         taps = () if draft is None else draft.taps
         return next(runner for runner in (self.target, self.tapped, self.small) if runner.taps == taps)
 
-    def _to_device(self, runner: ModelRunner) -> None:
-        for program in runner._programs.values():
+    def _to_device(self, programs: Programs) -> None:
+        for program in programs.built.values():
             program.bound = [self._fake(b) if isinstance(b, Tensor) else b for b in program.bound]
             _move(program.gm)
-        if runner.states is not None:
-            for name, value in vars(runner.states).items():
-                setattr(runner.states, name, self._fake(value) if isinstance(value, Tensor) else value)
-        caches = runner.pool.caches
+        if programs.states is not None:
+            for name, value in vars(programs.states).items():
+                setattr(programs.states, name, self._fake(value) if isinstance(value, Tensor) else value)
+        caches = programs.pool.caches
         caches.update({key: self._fake(cache) for key, cache in caches.items()})
 
     def _fake(self, tensor: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_fifty_rounds_over_changing_prompts_compile_nothing(two: TwoModels, monk
 
     def built() -> list[int]:
         misses, traced = counters["inductor"]["fxgraph_cache_miss"], counters["stats"]["calls_captured"]
-        return [misses, traced, len(engine.compiler.artifacts), len(engine.target._programs), len(engine._warmed)]
+        return [misses, traced, len(engine.compiler.artifacts), len(engine.target.programs.built), len(engine._warmed)]
 
     before = built()
     while done < 50:
@@ -130,7 +130,7 @@ def allocated(code: list[str]) -> list[int]:
 @pytest.mark.slow
 def test_generated_code_allocates_nothing_of_a_caches_size(two: TwoModels):
     sizes = allocated(two.code)
-    cache = min(c.numel() for c in engine_of(two.models[2]).target.pool.caches.values())
+    cache = min(c.numel() for c in engine_of(two.models[2]).target.programs.pool.caches.values())
     row = cache // (BATCH + 1)
     assert len(two.code) == 3 and sizes, "there is code, and it allocates"
     assert max(sizes) < row / 8, "not even one row of one cache"
@@ -148,8 +148,8 @@ def test_the_search_finds_a_copied_cache(private_cache: None):
 def test_no_compiled_segment_takes_a_cache(two: TwoModels):
     for model in two.models.values():
         engine = engine_of(model)
-        caches = {cache.data_ptr() for cache in engine.target.pool.caches.values()}
-        programs = [program for program in engine.target._programs.values() if program.bound]
+        caches = {cache.data_ptr() for cache in engine.target.programs.pool.caches.values()}
+        programs = [program for program in engine.target.programs.built.values() if program.bound]
         assert len(programs) >= 2, "prefill and a window"
         for program in programs:
             bound = dict(zip(placeholders(program.gm), program.bound, strict=True))
@@ -166,7 +166,7 @@ def segment_calls(gm: fx.GraphModule) -> list[fx.Node]:
 @pytest.mark.slow
 def test_every_segment_of_a_window_is_compiled(two: TwoModels):
     engine = engine_of(two.models[5])
-    (window,) = [program for key, program in engine.target._programs.items() if key[0] == "verify"]
+    (window,) = [program for key, program in engine.target.programs.built.items() if key[0] == "verify"]
     segments = [window.gm.get_submodule(call.target) for call in segment_calls(window.gm)]
     assert len(segments) == 6 and all(isinstance(s, CompiledSegment) and s.artifact is not None for s in segments)
 
@@ -177,13 +177,13 @@ def test_compiled_prompts_of_a_recurrent_target_give_the_same_text(private_cache
     reference, model = tiny_model("qwen3_5_text"), tiny_model("qwen3_5_text")
     model = spec_compile(model, draft=None, compile="none", progress=False)
     target = engine_of(model).target
-    target._prefill_compiler = SegmentCompiler("inductor", target.hardware)
-    target._programs.clear()
+    target.programs._prefill_compiler = SegmentCompiler("inductor", target.options.hardware)
+    target.programs.built.clear()
     for length in (11, 23):
         inputs = left_padded(BATCH, length)
         plain = reference.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), plain)
-    (prompts,) = [program for key, program in target._programs.items() if key[0] == "prefill"]
+    (prompts,) = [program for key, program in target.programs.built.items() if key[0] == "prefill"]
     assert any(getattr(segment, "artifact", None) is not None for segment in prompts.gm.children())
 
 

@@ -254,7 +254,7 @@ def test_greedy_text_is_that_of_single_tokens_over_the_same_cache(family: str):
         fast, drafted = generate(family, "fp8_e4m3", "ngram", inputs, num_steps=num_steps)
         assert torch.equal(fast, plain)
         assert drafted.spec.stats().rounds < 24, "some drafts were accepted"
-    caches = model.spec._engine.target.pool.caches.values()
+    caches = model.spec._engine.target.programs.pool.caches.values()
     assert {cache.dtype for cache in caches} == {FP8}
     _, full = generate(family, "auto", None, inputs)
     assert model.spec.stats().kv_bytes * 4 == full.spec.stats().kv_bytes
@@ -266,7 +266,7 @@ def test_a_draft_models_cache_is_narrow_too():
     spec_compile(model, draft=draft, compile="none", kv_cache_dtype="fp8_e4m3", num_steps=3)
     plain, _ = generate("llama", "fp8_e4m3", None, left_padded(2, 9))
     assert torch.equal(model.generate(**left_padded(2, 9), max_new_tokens=24, do_sample=False), plain)
-    runner = model.spec._engine.draft.runners[0]
+    runner = model.spec._engine.draft.programs[0]
     assert {cache.dtype for cache in runner.pool.caches.values()} == {FP8}
     assert model.spec.stats().accept_length > 3.5, "a draft that is the target, over the same kind of cache, is right"
 
@@ -276,12 +276,12 @@ def test_a_bfloat16_cache_of_a_float32_model_rounds_and_nothing_else():
     plain, model = generate("llama", "bfloat16", None, left_padded(2, 9))
     fast, _ = generate("llama", "bfloat16", "ngram", left_padded(2, 9))
     assert torch.equal(fast, plain)
-    assert {cache.dtype for cache in model.spec._engine.target.pool.caches.values()} == {torch.bfloat16}
+    assert {cache.dtype for cache in model.spec._engine.target.programs.pool.caches.values()} == {torch.bfloat16}
 
 
 def test_auto_is_the_models_type():
     _, model = generate("llama", "auto", None, left_padded(1, 9))
-    assert {cache.dtype for cache in model.spec._engine.target.pool.caches.values()} == {torch.float32}
+    assert {cache.dtype for cache in model.spec._engine.target.programs.pool.caches.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_e5m2", "int8", ""])

@@ -13,6 +13,7 @@ from spec_compile.ops.providers import AttentionNode, torch_sdpa
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.kv_pool import KVPool, LayerLayout, allocate, layouts
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 
 CPU = torch.device("cpu")
@@ -120,14 +121,12 @@ def test_caches_by_their_page_table():
 
 
 def runner(hardware: Hardware) -> ModelRunner:
-    return ModelRunner(
-        tiny_model("llama", num_hidden_layers=1), stage="verify", hardware=hardware, backend="torch",
-        compiler=SegmentCompiler("none", hardware), page_size=16,
-    )  # fmt: skip
+    options = RuntimeOptions(hardware, SegmentCompiler("none", hardware), backend="torch", page_size=16)
+    return ModelRunner(tiny_model("llama", num_hidden_layers=1), "verify", options)
 
 
 def test_the_pool_grows_and_never_shrinks():
-    grown = runner(Hardware("cpu", "cpu", 1, "CPU"))
+    grown = runner(Hardware("cpu", "cpu", 1, "CPU")).programs
     assert grown.reserve(2, 40), "the first pool"
     first = grown.pool
     assert not grown.reserve(1, 40) and not grown.reserve(2, 8) and grown.pool is first, "it fits"
@@ -140,11 +139,11 @@ def test_programs_follow_the_pool():
     grown = runner(Hardware("cpu", "cpu", 1, "CPU"))
     program = grown.window_program(2, 3, argmax=True)
     for capacity in (32, 64):
-        grown.reserve(2, capacity)
+        grown.programs.reserve(2, capacity)
         assert program.bound == [], "nothing can run over the old pool's memory"
         assert grown.window_program(2, 3, argmax=True) is program, "captured and compiled once"
         later = grown.window_program(2, 2, argmax=True)
-        caches = {id(cache) for cache in grown.pool.caches.values()}
+        caches = {id(cache) for cache in grown.programs.pool.caches.values()}
         for bound in (program.bound, later.bound, grown.prefill_program(argmax=False).bound):
             assert caches <= {id(value) for value in bound}
 
@@ -174,29 +173,29 @@ def test_a_larger_pool_has_kernels_chosen_anew(monkeypatch: pytest.MonkeyPatch):
     segments = []
     for capacity in (32, 64):
         asked.lowered.clear(), asked.warmed.clear()
-        grown.reserve(2, capacity)
-        assert grown.choices == {}, "what was chosen for the old pool holds no more"
+        grown.programs.reserve(2, capacity)
+        assert grown.programs.choices == {}, "what was chosen for the old pool holds no more"
         for _ in range(3):
             program = grown.window_program(2, 3, argmax=True)
         (node,) = asked.lowered
         assert asked.warmed == [node] and (node.stage, node.num_tokens, node.max_context) == ("verify", 3, capacity)
-        (choice,) = grown.choices["verify, 2 rows × 3 tokens"]
+        (choice,) = grown.programs.choices["verify, 2 rows × 3 tokens"]
         assert choice.node == node
         segments.append([id(module) for module in program.gm.children()])
     assert segments[0] and segments[0] == segments[1], "segments stay what they were"
 
 
 def test_gpu_rows_are_paged_and_their_capacity_is_whole_pages():
-    paged = runner(Hardware("nvidia", "sm90", 1, "a GPU in name"))
+    paged = runner(Hardware("nvidia", "sm90", 1, "a GPU in name")).programs
     paged.reserve(2, 40)
     assert (paged.pool.page_size, paged.pool.capacity, paged.pool.page_table.shape) == (16, 48, (2, 3))
 
 
 def test_release_frees_the_pool():
-    freed = runner(Hardware("cpu", "cpu", 1, "CPU"))
+    freed = runner(Hardware("cpu", "cpu", 1, "CPU")).programs
     freed.reserve(1, 16)
     freed.release()
-    assert freed.pool is None and freed._programs == {} and freed._captured == {}
+    assert freed.pool is None and freed.built == {} and freed.captured == {}
 
 
 def test_kernels_that_cannot_be_built_name_their_provider_and_the_way_out(monkeypatch):
@@ -205,10 +204,8 @@ def test_kernels_that_cannot_be_built_name_their_provider_and_the_way_out(monkey
 
     monkeypatch.setattr(torch_sdpa, "warm_up", broken)
     cpu = Hardware("cpu", "cpu", 1, "CPU")
-    runner = ModelRunner(
-        tiny_model("llama"), stage="verify", hardware=cpu, backend="auto", compiler=SegmentCompiler("none", cpu), page_size=64
-    )
-    runner.reserve(1, 64)
+    runner = ModelRunner(tiny_model("llama"), "verify", RuntimeOptions(cpu, SegmentCompiler("none", cpu)))
+    runner.programs.reserve(1, 64)
     with pytest.raises(
         BackendError, match=r"torch could not be made ready for attention in verify graphs: RuntimeError: Ninja build .* 255"
     ):

@@ -31,6 +31,7 @@ from spec_compile.hf_integration.taps import NORMED
 from spec_compile.runtime.draft import MOST_PENDING, Proposal
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.round import round_inputs
 from spec_compile.runtime.state import DecodeState, SamplingPlan
@@ -50,7 +51,7 @@ def ragged(batch: int) -> dict[str, Tensor]:
 def draft_of(model: PreTrainedModel, change: Callable[[MtpLayersDraft], MtpLayersDraft]) -> None:
     """Let a compiled model draft otherwise; what was captured stays."""
     engine = model.spec._engine
-    model.spec._engine = Engine(engine.target, change(engine.draft), engine.compiler, engine.hardware, engine.config)
+    model.spec._engine = Engine(engine.target, change(engine.draft), engine.config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,15 +138,14 @@ def runners_for(family: str, layers: int) -> tuple[ModelRunner, tuple[HeadRunner
     model = tiny_model(family)
     heads = random_mtp_layers(model, layers, own_lm_head=True).heads
     compiler = SegmentCompiler("none", GPU_IN_NAME)
-    options = {"hardware": GPU_IN_NAME, "backend": "torch", "compiler": compiler, "page_size": 16}
-    target = ModelRunner(model, stage="verify", taps=heads[0].taps, **options)
-    return target, tuple(HeadRunner(head, stage="draft", **options) for head in heads)
+    options = RuntimeOptions(GPU_IN_NAME, compiler, backend="torch", page_size=16)
+    return ModelRunner(model, "verify", options, heads[0].taps), tuple(HeadRunner(head, options) for head in heads)
 
 
 def engine_for(family: str, layers: int, **options: object) -> Engine:
     target, runners = runners_for(family, layers)
     config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, **options)
-    return Engine(target, MtpLayersDraft(runners, chain(layers), 96), target.compiler, GPU_IN_NAME, config)
+    return Engine(target, MtpLayersDraft(runners, chain(layers), 96), config)
 
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def drafted_from_scratch(engine: Engine, text: Tensor) -> tuple[list[int], list[
     for ahead, runner in enumerate(engine.draft.runners, 1):
         ids = torch.cat([text, torch.tensor(drafts, dtype=torch.int64)])[ahead : ahead + count]
         caches.append(DynamicCache())
-        states = runner.model(ids[None], states, torch.arange(count)[None], cache=caches[-1])
-        drafts.append(int(runner.model.logits(states)[0, -1].argmax()))
+        states = runner.head(ids[None], states, torch.arange(count)[None], cache=caches[-1])
+        drafts.append(int(runner.head.logits(states)[0, -1].argmax()))
     return drafts, caches
 
 
@@ -170,8 +170,8 @@ def check_rows(engine: Engine, state: DecodeState) -> int:
         length = int(state.cache_len[row])
         drafts, caches = drafted_from_scratch(engine, state.tokens[row, : length + 1])
         assert window[row, 1:].tolist() == drafts
-        for runner, cache in zip(engine.draft.runners, caches, strict=True):
-            check_stored(runner, state.page_table[row], cache, length, 1e-4)
+        for programs, cache in zip(engine.draft.programs, caches, strict=True):
+            check_stored(programs, state.page_table[row], cache, length, 1e-4)
     return len(rows)
 
 
@@ -309,7 +309,7 @@ def test_fewer_steps_use_the_first_layers_and_more_are_refused(tmp_path: Path) -
     one = compiled(draft="mtp", num_steps=1, topk=2).spec._engine.draft
     assert isinstance(one, EagleDraft) and one.shape.topk == 2
     first = one.head.own_tensors()
-    assert all(torch.equal(value, first[name]) for name, value in two.runners[0].model.own_tensors().items())
+    assert all(torch.equal(value, first[name]) for name, value in two.runners[0].head.own_tensors().items())
     with pytest.raises(DraftError, match=r"num_steps=4: this draft has 3 MTP layers, one a step\. Leave num_steps out"):
         compiled(draft="mtp", num_steps=4)
     with pytest.raises(DraftError, match=r"topk=2: MTP layers that draft in turn draft chains only"):

@@ -44,7 +44,7 @@ def test_many_short_rows_do_not_stand_in_the_way_of_a_long_one(limited):
     limited["slots"] = 4 * 1024
     longer = {**left_padded(1, 1500, seed=3), "do_sample": False, "max_new_tokens": NEW}
     assert torch.equal(model.generate(**longer), reference.generate(**longer))
-    pool = model.spec._engine.target.pool
+    pool = model.spec._engine.target.programs.pool
     assert (pool.rows, pool.capacity) == (1, 2048)
     assert torch.equal(text(model, 4), text(reference, 4)), "and back again"
 
@@ -54,7 +54,7 @@ def test_what_does_not_fit_alone_is_refused_and_smaller_requests_go_on(limited):
     limited["slots"] = 2 * 1024
     with pytest.raises(SpecCompileError, match=r"no memory for a KV pool of 3 rows × 1024 tokens.*fewer rows"):
         text(model, 3)
-    assert model.spec._engine.target.pool is None
+    assert model.spec._engine.target.programs.pool is None
     assert torch.equal(text(model, 2), text(reference, 2))
 
 
@@ -70,4 +70,4 @@ def test_a_draft_without_memory_takes_the_targets_pool_with_it(limited):
     limited["calls"] = 1 << 62
     assert torch.equal(text(model, 1), text(reference, 1))
     engine = model.spec._engine
-    assert engine.target.pool.rows == engine.draft.runners[0].pool.rows == 1
+    assert engine.target.programs.pool.rows == engine.draft.programs[0].pool.rows == 1

@@ -26,6 +26,7 @@ from spec_compile.ops.providers import DeltaNode, Lowered, delta_fla
 from spec_compile.ops.providers.delta_examples import example_arguments
 from spec_compile.passes.select_backend import choose
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 
 pytest.importorskip("triton", reason="the kernel before fla's needs it")
@@ -240,12 +241,11 @@ def test_a_models_prompts(installed: dict[str, str], monkeypatch: pytest.MonkeyP
     logits, states = {}, {}
     for name, hardware in (("torch", Hardware("cpu", "cpu", 1, "CPU")), ("fla", H200)):
         backend = {"prefill": "torch", "verify": "torch", "gdn_prefill": name, "gdn_verify": "torch"}
-        runner = ModelRunner(
-            model, stage="verify", hardware=hardware, backend=backend, compiler=SegmentCompiler("none", hardware), page_size=16
-        )
-        runner.reserve(3, 32, most_tokens=4)
-        logits[name], _ = runner.prefill(prompts, runner.pool.page_table, argmax=False, max_tokens=64)
-        states[name] = runner.states.state.clone()
+        options = RuntimeOptions(hardware, SegmentCompiler("none", hardware), backend=backend, page_size=16)
+        runner = ModelRunner(model, "verify", options)
+        runner.programs.reserve(3, 32, most_tokens=4)
+        logits[name], _ = runner.prefill(prompts, runner.programs.pool.page_table, argmax=False, max_tokens=64)
+        states[name] = runner.programs.states.state.clone()
     prefills = [launch for launch in rule.launches if launch["q"].shape[1] == 12]
     assert len(prefills) == 2 and prefills[0]["cu_seqlens"] is prefills[1]["cu_seqlens"]
     pairs = [(logits["fla"], logits["torch"])]

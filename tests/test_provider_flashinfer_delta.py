@@ -24,6 +24,7 @@ from spec_compile.ops.providers import DeltaNode, delta_flashinfer
 from spec_compile.ops.providers.delta_examples import example_arguments
 from spec_compile.passes.select_backend import choose
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 
 pytest.importorskip("triton", reason="the kernel that keeps the window needs it")
@@ -266,18 +267,17 @@ def test_a_models_windows(installed: dict[str, str], monkeypatch: pytest.MonkeyP
     model = tiny_model("qwen3_5_text", **dims).bfloat16()
     logits = {}
     for name in ("torch", "flashinfer"):
-        runner = ModelRunner(
-            model, stage="verify", hardware=H200, backend={"verify": "torch", "prefill": "torch", "gdn_verify": name},
-            compiler=SegmentCompiler("none", H200), page_size=16,
-        )  # fmt: skip
-        runner.reserve(2, 32, most_tokens=4)
+        backend = {"verify": "torch", "prefill": "torch", "gdn_verify": name}
+        options = RuntimeOptions(H200, SegmentCompiler("none", H200), backend=backend, page_size=16)
+        runner = ModelRunner(model, "verify", options)
+        runner.programs.reserve(2, 32, most_tokens=4)
         torch.manual_seed(0)
-        runner.states.state.normal_(), runner.states.conv.normal_()
+        runner.programs.states.state.normal_(), runner.programs.states.conv.normal_()
         program = runner.window_program(2, 3, argmax=False)
         window = {
             "input_ids": torch.arange(3, 9).view(2, 3),
             "position_ids": torch.arange(3).repeat(2, 1),
-            "page_table": runner.pool.page_table,
+            "page_table": runner.programs.pool.page_table,
             "cache_len": torch.zeros(2, dtype=torch.int32),
             "state_slot": torch.tensor([1, 2], dtype=torch.int32),
         }

@@ -23,11 +23,12 @@ from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.eagle3 import random_eagle3_head
 from spec_compile.hf_integration.recurrent_layers import recurrent_capture
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.state import SamplingPlan
 
@@ -59,21 +60,19 @@ def test_ngram_drafts(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
     engine = compiled.model.spec._engine
     draft = NgramDraft(chain(5), min_ngram=1, max_ngram=3)
-    monkeypatch.setattr(
-        compiled.model.spec, "_engine", Engine(engine.target, draft, engine.compiler, engine.hardware, engine.config)
-    )
+    monkeypatch.setattr(compiled.model.spec, "_engine", Engine(engine.target, draft, engine.config))
     compiled.check(*BATCHES)
 
 
 @functools.cache
-def hybrid() -> tuple[ModelRunner, Eagle3Head, dict[str, object]]:
-    """A target of two recurrent layers and one of attention, a random head for it, and the options of their runners."""
+def hybrid() -> tuple[ModelRunner, HeadRunner]:
+    """A target of two recurrent layers and one of attention, and a random head for it."""
     hardware = Hardware("cpu", "cpu", 2, "any CPU")
     compiler = SegmentCompiler("none", hardware)
     model = tiny_model("qwen3_5_text", num_hidden_layers=3, layer_types=["linear_attention"] * 2 + ["full_attention"])
     head = random_eagle3_head(model, draft_vocab_size=64)
-    options = {"hardware": hardware, "backend": "auto", "compiler": compiler, "page_size": 16}
-    return ModelRunner(model, stage="verify", taps=head.taps, **options), head, options
+    options = RuntimeOptions(hardware, compiler, page_size=16)
+    return ModelRunner(model, "verify", options, head.taps), HeadRunner(head, options)
 
 
 @torch.no_grad()
@@ -88,11 +87,10 @@ def states_of(model, text: Tensor) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("shape", ["3/1/4", "2/4/8"])
 def test_states_after_a_hundred_rounds_of_random_acceptance(shape: str) -> None:
     """Chains and trees, rows that end apart, a prompt shorter than the convolution reaches."""
-    target, head, options = hybrid()
+    target, runner = hybrid()
     rates = (0.7, 0.4, 0.5)[: int(shape[0])]
     config = SpecConfig(compile="none", adaptive=False, simulate_accept_rates=rates, **options_of(shape))
-    draft = EagleDraft(HeadRunner(head, stage="draft", **options), head, config.round_shape(5), 96)
-    engine = Engine(target, draft, target.compiler, options["hardware"], config)
+    engine = Engine(target, EagleDraft(runner, config.round_shape(5), 96), config)
     prompts = [torch.randint(3, 96, (length,)) for length in (9, 2, 40)]
     state = engine.admit(Request(prompts, [300, 120, 90], [0] * 3, [], [1, 2, 3], SamplingPlan()))
     seen: set[int] = set()
@@ -100,7 +98,7 @@ def test_states_after_a_hundred_rounds_of_random_acceptance(shape: str) -> None:
         engine.launch(state, SamplingPlan(), engine.shape)
         seen |= set(state.out[:3, -3].tolist())
     assert seen == set(range(int(shape[0]) + 2)), "rows must stand still and advance by every possible count"
-    pool = target.states
+    pool = target.programs.states
     for row in range(3):
         length = int(state.cache_len[row])
         for layer, (recurrent, inputs) in enumerate(states_of(target.model, state.tokens[row, :length])):
@@ -160,7 +158,7 @@ def test_the_memory_of_states_is_told_and_small_beside_a_state_a_token() -> None
     spec_compile(model, draft="ngram", num_steps=7, compile="none", adaptive=False)
     model.generate(**left_padded(3, PROMPT), max_new_tokens=4, do_sample=False)
     assert "1 recurrent layers" in model.spec.explain() and "windows of up to 8 tokens" in model.spec.explain()
-    states = model.spec._engine.target.states
+    states = model.spec._engine.target.programs.states
     assert states.nbytes <= model.spec.stats().kv_bytes
     assert states.window_bytes < 8 * states.state.nbytes / 2, "eight tokens' inputs against eight states"
 

@@ -14,7 +14,7 @@ from stored import check_stored, stored
 from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from spec_compile.config import SpecConfig, chain
 from spec_compile.drafts.make import make_draft
@@ -22,7 +22,9 @@ from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.programs import Programs
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 CPU = Hardware("cpu", "cpu", 1, "CPU")
@@ -41,22 +43,14 @@ def engine_for(
     """What ``spec_compile()`` builds, on any hardware's terms. ``draft`` is ``"ngram"``, ``"perfect"`` (the target once more)
     or ``"similar"`` (right some of the time). Shared between tests: admitting a request starts afresh."""
     config = SpecConfig(compile="none", cuda_graphs=False, adaptive=False, page_size=16, min_ngram=1, num_steps=num_steps)
-    compiler = SegmentCompiler(config.compile, hardware)
-
-    def make_runner(module: PreTrainedModel, stage: str = "draft") -> ModelRunner:
-        return ModelRunner(
-            module, stage=stage, hardware=hardware, backend="torch", compiler=compiler, page_size=config.page_size
-        )
-
+    options = RuntimeOptions(hardware, SegmentCompiler(config.compile, hardware), backend="torch", page_size=config.page_size)
     model = tiny_model(family, num_hidden_layers=num_layers)
     source = "ngram" if draft == "ngram" else tiny_model(family, num_hidden_layers=num_layers)
     if draft == "similar":
         with torch.no_grad():
             for parameter in source.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
-    return Engine(
-        make_runner(model, "verify"), make_draft(source, model, config, make_runner, make_runner), compiler, hardware, config
-    )
+    return Engine(ModelRunner(model, "verify", options), make_draft(source, model, config, options), config)
 
 
 def request(lengths: list[int], new_tokens: list[int], plan: SamplingPlan = GREEDY, **settings) -> Request:
@@ -96,10 +90,11 @@ def text(state: DecodeState, row: int) -> list[int]:
 
 
 @torch.no_grad()
-def check_caches(runner: ModelRunner, state: DecodeState, row: int, length: int) -> None:
+def check_caches(programs: Programs, state: DecodeState, row: int, length: int) -> None:
     cache = DynamicCache()
-    runner.model(state.tokens[row, None, :length], use_cache=True, **{cache_argument(runner.model.forward): cache})
-    check_stored(runner, state.page_table[row], cache, length, 1e-5)
+    model = programs.model
+    model(state.tokens[row, None, :length], use_cache=True, **{cache_argument(model.forward): cache})
+    check_stored(programs, state.page_table[row], cache, length, 1e-5)
 
 
 ONE_PAGE, PAGES_OF_16 = pytest.param(CPU, id="one page a row"), pytest.param(GPU_IN_NAME, id="pages of 16")
@@ -122,9 +117,9 @@ def test_caches_equal_a_plain_forward_over_the_final_text(family: str, hardware:
 def check_both_caches(engine: Engine, state: DecodeState) -> None:
     for row in range(3):
         length = int(state.cache_len[row])
-        check_caches(engine.target, state, row, length)
+        check_caches(engine.target.programs, state, row, length)
         if length > 1:  # a draft's last slot is written by the next round
-            check_caches(engine.draft.runners[0], state, row, length - 1)
+            check_caches(engine.draft.programs[0], state, row, length - 1)
 
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
@@ -135,7 +130,7 @@ def test_plain_rounds_between_drafted_ones_leave_no_gap(plan: SamplingPlan):
     for _ in range(12):
         rounds(engine, state, plan, 1, num_drafts=random.choice([0, 3]))
     for row in range(2):
-        check_caches(engine.target, state, row, int(state.cache_len[row]))
+        check_caches(engine.target.programs, state, row, int(state.cache_len[row]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +144,7 @@ def values(state: DecodeState) -> dict[str, Tensor]:
 
 def pools(engine: Engine) -> dict[tuple, Tensor]:
     """Every cache's pages but nobody's."""
-    caches = {(number, *key): c for number, r in enumerate(engine._runners()) for key, c in r.pool.caches.items()}
+    caches = {(number, *key): c for number, r in enumerate(engine.programs()) for key, c in r.pool.caches.items()}
     return {key: cache[1:].clone() for key, cache in caches.items()}
 
 
@@ -176,13 +171,13 @@ def test_rounds_over_finished_rows_change_nothing_that_counts(kind: str):
     state = engine.admit(request([9, 3, 6], [4, 12, 8]))
     rounds_to_the_end(engine, state, GREEDY)
     before = values(state)
-    committed = [stored(engine.target, 0, state.page_table[r], int(state.cache_len[r]))[1] for r in range(3)]
+    committed = [stored(engine.target.programs, 0, state.page_table[r], int(state.cache_len[r]))[1] for r in range(3)]
     rounds(engine, state, GREEDY, 3)
     after = values(state)
     after["next_draft"] = before["next_draft"]  # scratch: what a draft would look up
     assert same(before, after) and state.out[:, -3].tolist() == [0] * 4
     for row, old in enumerate(committed):
-        assert torch.equal(stored(engine.target, 0, state.page_table[row], len(old))[1], old)
+        assert torch.equal(stored(engine.target.programs, 0, state.page_table[row], len(old))[1], old)
 
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
@@ -238,7 +233,7 @@ def test_a_broken_draft_cache_costs_rounds_and_nothing_else():
     for broken in (False, True):
         state = engine.admit(wanted)
         if broken:
-            for cache in engine.draft.runners[0].pool.caches.values():
+            for cache in engine.draft.programs[0].pool.caches.values():
                 cache[:, :15] = 0
         counts.append(rounds_to_the_end(engine, state, GREEDY))
         texts.append(text(state, 0))
@@ -250,11 +245,11 @@ def test_a_broken_draft_cache_costs_rounds_and_nothing_else():
 
 
 def built(engine: Engine) -> dict[str, object]:
-    runners = engine._runners()
+    runners = engine.programs()
     return {
         "traced calls": counters["stats"]["calls_captured"],
-        "programs": [len(r._programs) for r in runners],
-        "captures": [len(r._captured) for r in runners],
+        "programs": [len(r.built) for r in runners],
+        "captures": [len(r.captured) for r in runners],
         "pools": [(r.pool.rows, r.pool.capacity) for r in runners],
         "rounds": set(engine._warmed),
         "artifacts": len(engine.compiler.artifacts),

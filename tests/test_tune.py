@@ -22,6 +22,7 @@ from spec_compile.ops.providers.examples import CACHE_PLACES, example_arguments
 from spec_compile.passes import select_backend
 from spec_compile.runtime import tune
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler
 from spec_compile.runtime.tune import AttentionTuner, num_layers
 
@@ -309,16 +310,15 @@ def test_delta_rules_are_remembered_and_chosen_by_their_times(path: Path, monkey
 def test_a_runner_tunes_over_its_pool_and_not_before(path: Path):
     """A GPU in name, both candidates on the CPU: what is timed is the pool's real shape, once a stage and capacity."""
     timed = tuner(path, {"torch": 3.0, "triton": 5.0})
-    runner = ModelRunner(
-        tiny_model("llama"), stage="verify", hardware=H200, backend={"verify": "tune", "prefill": "torch"},
-        compiler=SegmentCompiler("none", H200), page_size=16, tuner=timed,
-    )  # fmt: skip
+    backend = {"verify": "tune", "prefill": "torch"}
+    options = RuntimeOptions(H200, SegmentCompiler("none", H200), backend=backend, page_size=16, tuner=timed)
+    runner = ModelRunner(tiny_model("llama"), "verify", options)
     assert timed.time_candidate.asked == []
-    runner.reserve(2, 40)
+    runner.programs.reserve(2, 40)
     runner.window_program(2, 3, argmax=True)
     nodes = [node for node, _ in timed.time_candidate.asked]
     assert {(n.stage, n.batch, n.num_tokens, n.max_context) for n in nodes} == {("verify", 2, 3, 48)}
-    assert [c.provider for c in runner.choices["verify, 2 rows × 3 tokens"]] == ["torch"]
+    assert [c.provider for c in runner.programs.choices["verify, 2 rows × 3 tokens"]] == ["torch"]
     runner.window_program(2, 3, argmax=False)
     assert len(timed.time_candidate.asked) == len(nodes), "the same shape was remembered"
 

@@ -30,13 +30,14 @@ class CausalLMDraft:
 
     kind = "causal_lm"
     taps = ()
-    catches_up = False
+    can_skip = False
+    reports_match_length = False
 
     def __init__(self, runner: ModelRunner, shape: RoundShape, vocab_size: int) -> None:
-        self._runner, self.runners = runner, (runner,)
+        self.runner, self.programs = runner, (runner.programs,)
         self.shape, self.vocab_size, self.reach = shape, vocab_size, shape.num_steps
         self.draft_vocab_size = runner.model.config.get_text_config(decoder=True).vocab_size
-        if runner.recurrent:
+        if runner.programs.recurrent:
             raise DraftError(
                 f"draft={type(runner.model).__name__} has recurrent layers, whose states cannot go back to where a draft was "
                 "refused. Use a draft of attention layers only, a head trained for the target, 'mtp' or 'ngram'."
@@ -55,23 +56,23 @@ class CausalLMDraft:
         return not plan.do_sample and self.draft_vocab_size <= self.vocab_size
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        return self._runner.reserve(rows, capacity)
+        return self.runner.programs.reserve(rows, capacity)
 
     def forget(self) -> None:
         pass
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self._runner.prefill_program(argmax=True)
+        self.runner.prefill_program(argmax=True)
         for num_tokens in (2, 1):
             self._program(rows, num_tokens, plan)
 
     def _program(self, rows: int, num_tokens: int, plan: SamplingPlan) -> StageProgram:
         stage = "draft" if num_tokens == 1 else "draft_extend"
-        return self._runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
+        return self.runner.window_program(rows, num_tokens, argmax=self._ids_only(plan), stage=stage)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int, first_row: int) -> None:
         known = [p.clamp(max=self.draft_vocab_size - 1) for p in prompts]
-        self._runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
+        self.runner.prefill(known, page_table, argmax=True, max_tokens=max_tokens)
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows = state.cache_len.shape[0]
@@ -109,6 +110,9 @@ class CausalLMDraft:
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         return None
+
+    def catch_up(self, state: DecodeState) -> None:
+        pass  # never left out
 
 
 def _fit(logits: Tensor, vocab_size: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from spec_compile.config import RoundShape
 from spec_compile.drafts.choose import choose_tokens
 from spec_compile.drafts.dflash_runner import DFlashRunner
-from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.runtime.draft import Proposal, RoundInputs, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -27,49 +26,54 @@ class DFlashDraft:
         block_mask: int32 [R, block_size, W], every slot sees all of the block.
     """
 
-    catches_up = False
+    can_skip = False
+    reports_match_length = False
 
-    def __init__(self, runner: DFlashRunner, head: DFlashHead, shape: RoundShape, vocab_size: int) -> None:
-        self._runner, self.runners = runner, (runner,)
+    def __init__(self, runner: DFlashRunner, shape: RoundShape, vocab_size: int) -> None:
+        head = runner.head
+        self.runner, self.programs = runner, (runner.programs,)
         self.head, self.shape, self.vocab_size = head, shape, vocab_size
         self.kind, self.taps, self.reach = head.kind, head.taps, head.block_size
         self.block_mask = torch.empty(0)
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        moved = self._runner.reserve(rows, capacity)
+        moved = self.runner.programs.reserve(rows, capacity)
         if moved:
             slots = self.head.block_size
             words = [(1 << min(slots - first, 32)) - 1 for first in range(0, slots, 32)]
-            words = torch.tensor(words, device=self._runner.device).to(torch.int32)  # bit 31 is the sign
-            self.block_mask = words.repeat(self._runner.pool.rows, slots, 1)
+            words = torch.tensor(words, device=self.runner.programs.device).to(torch.int32)  # bit 31 is the sign
+            self.block_mask = words.repeat(self.runner.programs.pool.rows, slots, 1)
         return moved
 
     def forget(self) -> None:
         pass
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self._runner.prefill_program(argmax=False)
-        self._runner.extend_program(rows, shape.num_steps + 1)
-        self._runner.block_program(rows, shape.num_steps)
+        self.runner.prefill_program()
+        self.runner.extend_program(rows, shape.num_steps + 1)
+        self.runner.block_program(rows, shape.num_steps)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
-        self._runner.fill(prompts, page_table, states)  # the target's groups are this large at most
+        self.runner.fill(prompts, page_table, states)  # the target's groups are this large at most
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries; what is written behind them is not attended to before it is overwritten."""
         rows, num_tokens = verified.states.shape[:2]
         offsets = torch.arange(num_tokens, device=verified.start.device)
-        self._runner.extend_program(rows, num_tokens)(
+        self.runner.extend_program(rows, num_tokens)(
             hidden_states=verified.states,
             position_ids=verified.start[:, None] + offsets,
             page_table=state.page_table,
             cache_len=verified.start,
         )
 
+    def catch_up(self, state: DecodeState) -> None:
+        pass  # never left out
+
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows, head = state.cache_len.shape[0], self.head
         offsets = torch.arange(head.block_size, device=state.cache_len.device)
-        (logits,) = self._runner.block_program(rows, shape.num_steps)(
+        (logits,) = self.runner.block_program(rows, shape.num_steps)(
             input_ids=head.block(inputs.root[:, 0]),
             position_ids=state.cache_len[:, None] + offsets,
             tree_mask=self.block_mask[:rows],

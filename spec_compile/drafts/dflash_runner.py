@@ -5,52 +5,56 @@ from __future__ import annotations
 from torch import Tensor
 
 from spec_compile.hf_integration.capture import capture_block, capture_dflash_context
+from spec_compile.hf_integration.dflash import DFlashHead
 from spec_compile.passes.pipeline import prepare_context, prepare_head
-from spec_compile.passes.select_backend import Choice
-from spec_compile.runtime.model_runner import ModelRunner, pack
+from spec_compile.runtime.model_runner import pack
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import StageProgram
+from spec_compile.runtime.programs import Programs
 
 
-class DFlashRunner(ModelRunner):
-    """``ModelRunner`` of a ``DFlashHead``: entry i of its cache belongs to token i and the target's state of token i."""
+class DFlashRunner:
+    """Runs a ``DFlashHead``: entry i of its cache belongs to token i and the target's state of token i.
 
-    def _first_choices(self) -> list[Choice]:
-        """Of a block: the other programs have no attention, and this one fuses the weights that they share."""
-        self.block_program(1, self.model.num_drafts)
-        return next(iter(self.choices.values()))
+    Raises:
+        CaptureError: the head cannot be captured.
+        BackendError: no provider, or not the forced one, can run its attention.
+    """
+
+    def __init__(self, head: DFlashHead, options: RuntimeOptions) -> None:
+        self.head, self.programs = head, Programs(head, options)
+        # The first program tells the layout of the caches: the others have no attention, and this one fuses the weights that
+        # they share.
+        self.block_program(1, head.num_drafts)
 
     def block_program(self, batch: int, num_drafts: int) -> StageProgram:
         """Blocks [batch, block_size], ``tree_mask`` of ones int32 [batch, block_size, W] -> logits [batch, num_drafts, Vd]."""
-        return self._program(
+        return self.programs.get(
             f"draft, {batch} rows × {num_drafts} tokens",
             ("draft", batch, num_drafts),
             (),
-            lambda: capture_block(self.model, batch, num_drafts),
+            lambda: capture_block(self.head, batch, num_drafts),
             lambda graph: prepare_head(graph, num_outputs=1, tree=True),
-            self.compiler,
         )
 
-    def prefill_program(self, *, argmax: bool) -> StageProgram:
+    def prefill_program(self) -> StageProgram:
         """Target states [1, T, n * Ht] of packed prompts -> nothing; the cache is filled."""
-        del argmax  # no logits
-        return self._program(
+        return self.programs.get(
             "prefill",
             ("prefill",),
             (),
-            lambda: capture_dflash_context(self.model, 1, None),
+            lambda: capture_dflash_context(self.head, 1, None),
             prepare_context,
-            self._prefill_compiler,
         )
 
     def extend_program(self, batch: int, num_tokens: int) -> StageProgram:
         """Target states [batch, num_tokens, n * Ht] of committed tokens -> nothing; they are written behind ``cache_len``."""
-        return self._program(
+        return self.programs.get(
             f"draft_extend, {batch} rows × {num_tokens} tokens",
             ("draft_extend", batch, num_tokens),
             (),
-            lambda: capture_dflash_context(self.model, batch, num_tokens),
+            lambda: capture_dflash_context(self.head, batch, num_tokens),
             prepare_context,
-            self.compiler,
         )
 
     def fill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor) -> None:
@@ -61,8 +65,8 @@ class DFlashRunner(ModelRunner):
             page_table: int32 [len(prompts), M].
             states: [T, n * Ht], the target's states of the packed prompts.
         """
-        packed = pack(prompts, self.device)
-        self.prefill_program(argmax=False)(
+        packed = pack(prompts, self.programs.device)
+        self.prefill_program()(
             position_ids=packed.position_ids,
             hidden_states=states[None],
             page_table=page_table,

@@ -17,7 +17,6 @@ from spec_compile.drafts.choose import choose_tokens
 from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.pending import new_pending, no_pending
 from spec_compile.errors import ConfigError
-from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.runtime.draft import MOST_PENDING, Proposal, RoundInputs, Tree, Verified
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
@@ -35,13 +34,15 @@ class EagleDraft:
         pending: what plain rounds put aside for ``catch_up``.
     """
 
-    catches_up = True
+    can_skip = True
+    reports_match_length = False
 
-    def __init__(self, runner: HeadRunner, head: DraftHead, shape: RoundShape, vocab_size: int) -> None:
+    def __init__(self, runner: HeadRunner, shape: RoundShape, vocab_size: int) -> None:
+        head = runner.head
         choices = vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
         if shape.topk > choices:
             raise ConfigError(f"topk={shape.topk}: the draft head has a vocabulary of {choices} tokens.")
-        self._runner, self.runners = runner, (runner,)
+        self.runner, self.programs = runner, (runner.programs,)
         self.head, self.shape, self.vocab_size = head, shape, vocab_size
         self.kind, self.taps = head.kind, head.taps
         self.reach = max(shape.num_steps * shape.topk, MOST_PENDING)
@@ -49,11 +50,11 @@ class EagleDraft:
         self.pending = no_pending()
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        moved = self._runner.reserve(rows, capacity)
+        moved = self.runner.programs.reserve(rows, capacity)
         if moved or self.level_logits.shape[0] < rows:
-            head, device = self.head, self._runner.device
+            head, device = self.head, self.runner.programs.device
             vocab_size = self.vocab_size if head.draft_ids is None else head.draft_ids.shape[0]
-            rows = self._runner.pool.rows
+            rows = self.runner.programs.pool.rows
             self.level_logits = torch.zeros(rows, vocab_size, dtype=head.dtype, device=device)
             self.level_states = torch.zeros(rows, head.config.hidden_size, dtype=head.dtype, device=device)
             self.pending = new_pending(rows, head.target_width, head.dtype, device)
@@ -64,16 +65,16 @@ class EagleDraft:
         self.pending.forget()
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
-        self._runner.prefill_program(argmax=False)
-        self._runner.extend_program(rows, shape.num_steps + 1)
+        self.runner.prefill_program()
+        self.runner.extend_program(rows, shape.num_steps + 1)
         if shape.num_steps > 1:
             self._step_program(rows, shape)
 
     def _step_program(self, rows: int, shape: RoundShape):
-        return self._runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
+        return self.runner.step_program(rows, (shape.num_steps - 1) * shape.topk if shape.is_tree else 1, shape.topk)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
-        self._runner.fill(prompts, page_table, states, max_tokens)
+        self.runner.fill(prompts, page_table, states, max_tokens)
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts.
@@ -103,7 +104,7 @@ class EagleDraft:
         }
         if num_tokens > 1:
             inputs["slots"] = newest
-        logits, states = self._runner.extend_program(rows, num_tokens)(**inputs)
+        logits, states = self.runner.extend_program(rows, num_tokens)(**inputs)
         self.level_logits[:rows].copy_(logits[:, 0])
         self.level_states[:rows].copy_(states[:, 0])
 

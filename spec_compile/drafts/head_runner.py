@@ -6,24 +6,35 @@ import torch
 from torch import Tensor
 
 from spec_compile.hf_integration.capture import capture_head_prefill, capture_head_window
+from spec_compile.hf_integration.draft_head import DraftHead
 from spec_compile.passes.pipeline import prepare_head
-from spec_compile.runtime.model_runner import ModelRunner, groups, pack
+from spec_compile.runtime.model_runner import groups, pack
+from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import StageProgram
+from spec_compile.runtime.programs import Programs
 
 
-class HeadRunner(ModelRunner):
-    """``ModelRunner`` of a ``DraftHead``: entry i of its cache belongs to token i + 1 and the target's state of token i."""
+class HeadRunner:
+    """Runs a ``DraftHead``: entry i of its cache belongs to token i + 1 and the target's state of token i.
 
-    def prefill_program(self, *, argmax: bool) -> StageProgram:
+    Raises:
+        CaptureError: the head cannot be captured.
+        BackendError: no provider, or not the forced one, can run its attention.
+    """
+
+    def __init__(self, head: DraftHead, options: RuntimeOptions) -> None:
+        self.head, self.programs = head, Programs(head, options)
+        self.prefill_program()  # fails early
+        self.programs.check_stages(("draft", "draft_extend"))
+
+    def prefill_program(self) -> StageProgram:
         """Packed tokens [1, T] and target states [1, T, n * Ht] -> the head's states [1, T, H]; its cache is filled."""
-        del argmax  # no logits
-        return self._program(
+        return self.programs.get(
             "prefill",
             ("prefill",),
             (),
-            lambda: capture_head_prefill(self.model),
+            lambda: capture_head_prefill(self.head),
             lambda graph: prepare_head(graph, num_outputs=1),
-            self._prefill_compiler,
         )
 
     def extend_program(self, batch: int, num_tokens: int, *, all_states: bool = False) -> StageProgram:
@@ -44,13 +55,12 @@ class HeadRunner(ModelRunner):
     def _head_program(
         self, stage: str, batch: int, num_tokens: int, num_rows: int, *, tree: bool = False, all_states: bool = False
     ) -> StageProgram:
-        return self._program(
+        return self.programs.get(
             f"{stage}, {batch} rows × {num_tokens} tokens{', tree' if tree else ''}",
             (stage, batch, num_tokens, num_rows, all_states),
             (),
-            lambda: capture_head_window(self.model, batch, num_tokens, num_rows, stage, all_states),
+            lambda: capture_head_window(self.head, batch, num_tokens, num_rows, stage, all_states),
             lambda graph: prepare_head(graph, num_outputs=2, tree=tree),
-            self.compiler,
         )
 
     def fill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int) -> list[Tensor]:
@@ -73,13 +83,13 @@ class HeadRunner(ModelRunner):
                 kept.append(states[first_token : first_token + len(prompt) - 1])
                 rows.append(row)
             first_token += len(prompt)
-        program = self.prefill_program(argmax=False)
+        program = self.prefill_program()
         filled = []
         for first, group in groups(tokens, max_tokens) if tokens else ():
-            packed = pack(group, self.device)
-            index = torch.tensor(rows[first : first + len(group)], device="cpu").to(self.device)
+            packed = pack(group, self.programs.device)
+            index = torch.tensor(rows[first : first + len(group)], device="cpu").to(self.programs.device)
             (hidden,) = program(
-                input_ids=torch.cat(group)[None].to(self.device),
+                input_ids=torch.cat(group)[None].to(self.programs.device),
                 position_ids=packed.position_ids,
                 hidden_states=torch.cat(kept[first : first + len(group)])[None],
                 page_table=page_table.index_select(0, index),

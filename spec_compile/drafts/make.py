@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spec_compile.config import RoundShape, SpecConfig
+from spec_compile.drafts.causal_lm import CausalLMDraft
+from spec_compile.drafts.dflash import DFlashDraft
 from spec_compile.drafts.dflash_runner import DFlashRunner
+from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.head_runner import HeadRunner
+from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.drafts.names import check_name
+from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import CaptureError, ConfigError, DraftError
 from spec_compile.hf_integration.capture import PLAIN_WORKS
 from spec_compile.hf_integration.dflash import DFlashHead
@@ -21,6 +25,7 @@ from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.mtp import MtpLayers
 from spec_compile.runtime.draft import Draft
 from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.options import RuntimeOptions
 
 log = logging.getLogger("spec_compile")
 
@@ -66,53 +71,41 @@ def load_draft(
 
 
 def make_draft(
-    draft: str | PreTrainedModel | MtpLayers | None,
-    target: PreTrainedModel,
-    config: SpecConfig,
-    make_runner: Callable[[PreTrainedModel], ModelRunner],
-    make_head_runner: Callable[[DraftHead], HeadRunner | DFlashRunner],
+    draft: str | PreTrainedModel | MtpLayers | None, target: PreTrainedModel, config: SpecConfig, options: RuntimeOptions
 ) -> Draft | None:
     """What proposes tokens, of what ``load_draft`` gave.
 
     Args:
         draft: ``"ngram"``, a draft head (EAGLE, DFlash, MTP, or several MTP layers), a causal LM, or None for no speculation.
-        make_runner, make_head_runner: build the runner of a draft model, of a head.
+        options: what the draft's models are compiled with.
 
     Raises:
         DraftError: one that cannot serve this target, or not with these options.
     """
-    from spec_compile.drafts.dflash import DFlashDraft
-    from spec_compile.drafts.eagle import EagleDraft
-    from spec_compile.drafts.ngram import NgramDraft
-
     if draft is None:
         return None
     if draft == "ngram":
         return NgramDraft(_chain_only(config, "ngram", _NGRAM_STEPS), config.min_ngram, config.max_ngram)
     if isinstance(draft, MtpLayers):
-        return _mtp_layers(draft, target, config, make_head_runner)
+        return _mtp_layers(draft, target, config, options)
     _check_device(draft, target)
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if isinstance(draft, DraftHead):
         _check_head(draft, target)
         if isinstance(draft, DFlashHead):
-            return DFlashDraft(make_head_runner(draft), draft, _block_shape(config, draft), vocab_size)
-        return EagleDraft(make_head_runner(draft), draft, config.round_shape(_STEPS), vocab_size)
-    return _causal_lm(draft, vocab_size, config, make_runner)
+            return DFlashDraft(DFlashRunner(draft, options), _block_shape(config, draft), vocab_size)
+        return EagleDraft(HeadRunner(draft, options), config.round_shape(_STEPS), vocab_size)
+    return _causal_lm(draft, vocab_size, config, options)
 
 
-def _causal_lm(
-    draft: PreTrainedModel, vocab_size: int, config: SpecConfig, make_runner: Callable[[PreTrainedModel], ModelRunner]
-) -> Draft:
+def _causal_lm(draft: PreTrainedModel, vocab_size: int, config: SpecConfig, options: RuntimeOptions) -> Draft:
     """A draft model. What it cannot do is the draft's fault and not the target's."""
-    from spec_compile.drafts.causal_lm import CausalLMDraft
-
     what, others = f"draft={type(draft).__name__} object", "Use 'ngram', a head trained for the target, or another causal LM."
     shape = _chain_only(config, "a causal LM", _STEPS)
     if draft.config.is_encoder_decoder or not draft.can_generate():
         raise DraftError(f"{what} is no causal language model. {others}")
     try:
-        runner = make_runner(draft)
+        runner = ModelRunner(draft, "draft", options)
     except CaptureError as error:
         raise DraftError(f"{what}: {str(error).removesuffix(PLAIN_WORKS)} {others}") from error
     made = CausalLMDraft(runner, shape, vocab_size)
@@ -122,13 +115,8 @@ def _causal_lm(
     return made
 
 
-def _mtp_layers(
-    draft: MtpLayers, target: PreTrainedModel, config: SpecConfig, make_head_runner: Callable[[DraftHead], HeadRunner]
-) -> Draft:
+def _mtp_layers(draft: MtpLayers, target: PreTrainedModel, config: SpecConfig, options: RuntimeOptions) -> Draft:
     """The first ``num_steps`` of several heads, in turn. One of them alone is a head as any other."""
-    from spec_compile.drafts.eagle import EagleDraft
-    from spec_compile.drafts.mtp_layers import MtpLayersDraft
-
     vocab_size, steps = target.config.get_text_config(decoder=True).vocab_size, config.num_steps or len(draft.heads)
     if steps > len(draft.heads):
         raise DraftError(
@@ -146,8 +134,8 @@ def _mtp_layers(
         _check_head(head, target)
     shape = config.round_shape(steps)
     if steps == 1:
-        return EagleDraft(make_head_runner(heads[0]), heads[0], shape, vocab_size)
-    return MtpLayersDraft(tuple(make_head_runner(head) for head in heads), shape, vocab_size)
+        return EagleDraft(HeadRunner(heads[0], options), shape, vocab_size)
+    return MtpLayersDraft(tuple(HeadRunner(head, options) for head in heads), shape, vocab_size)
 
 
 def _check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:

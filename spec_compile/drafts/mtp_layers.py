@@ -62,11 +62,13 @@ class MtpLayersDraft:
     """
 
     kind = "mtp"
-    catches_up = True
+    can_skip = True
+    reports_match_length = False
 
     def __init__(self, runners: tuple[HeadRunner, ...], shape: RoundShape, vocab_size: int) -> None:
         self.runners, self.shape, self.vocab_size = runners, shape, vocab_size
-        self.taps = runners[0].model.taps
+        self.programs = tuple(runner.programs for runner in runners)
+        self.taps = runners[0].head.taps
         self.num_older = len(runners) - 1
         self.num_slots = self.num_older + shape.num_steps + 1
         self.reach = max(shape.num_steps + 1, MOST_PENDING)
@@ -74,9 +76,9 @@ class MtpLayersDraft:
         self.pending = no_pending()
 
     def reserve(self, rows: int, capacity: int) -> bool:
-        moved = [runner.reserve(rows, capacity) for runner in self.runners]
+        moved = [programs.reserve(rows, capacity) for programs in self.programs]
         if any(moved) or self.level_logits.shape[0] < rows:
-            rows, device, head = self.runners[0].pool.rows, self.runners[0].device, self.runners[0].model
+            rows, device, head = self.programs[0].pool.rows, self.programs[0].device, self.runners[0].head
             like = {"dtype": head.dtype, "device": device}
             self.older_states = torch.zeros(rows, self.num_older, head.target_width, **like)
             self.level_start = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -95,7 +97,7 @@ class MtpLayersDraft:
 
     def prepare(self, rows: int, plan: SamplingPlan, shape: RoundShape) -> None:
         for runner in self.runners:
-            runner.prefill_program(argmax=False)
+            runner.prefill_program()
             runner.extend_program(rows, self.num_slots, all_states=True)
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:

@@ -18,11 +18,11 @@ class NgramDraft:
     """Matches each row's longest repeated suffix of ``max_ngram`` down to ``min_ngram`` tokens."""
 
     kind = "ngram"
-
     taps = ()
-    runners = ()
+    programs = ()
     reach = 0
-    catches_up = False
+    can_skip = True
+    reports_match_length = True
 
     def __init__(self, shape: RoundShape, min_ngram: int, max_ngram: int) -> None:
         self.shape, self.min_ngram, self.max_ngram = shape, min_ngram, max_ngram
@@ -38,6 +38,9 @@ class NgramDraft:
 
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: None, max_tokens: int, first_row: int) -> None:
         pass  # the state's token history is all it reads
+
+    def catch_up(self, state: DecodeState) -> None:
+        pass  # as in prefill
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         return Proposal(torch.cat([inputs.root, state.next_draft[:, : shape.num_steps]], 1))  # found by look_ahead

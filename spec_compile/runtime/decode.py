@@ -110,7 +110,7 @@ def _decode_sync(
 
 def _promise(engine: Engine, last: RoundResult, live: list[int]) -> int | None:
     """What the most promising row's source says of its proposal; None from a source that cannot tell."""
-    knows = engine.draft is not None and engine.draft.kind == "ngram"
+    knows = engine.draft is not None and engine.draft.reports_match_length
     return max((last.promise[i] for i in live), default=0) if knows else None
 
 

@@ -1,4 +1,4 @@
-"""What every kind of draft offers to the round. One file per kind; ``make_draft`` in ``__init__`` picks it."""
+"""What every kind of draft offers to the engine and its rounds; ``drafts/`` has one file a kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spec_compile.config import RoundShape
 from spec_compile.hf_integration.taps import Tap
-from spec_compile.runtime.model_runner import ModelRunner
+from spec_compile.runtime.programs import Programs
 from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 MOST_PENDING = 32  # plain rounds after which a draft head has to be told of their tokens
@@ -87,17 +87,19 @@ class Draft(Protocol):
         kind: ``"ngram"``, ``"causal_lm"``, ``"eagle3"``, … for reports.
         shape: the rounds it was asked for.
         taps: hidden states of the target it reads, see ``Tap``.
-        runners: what runs its models, one each; empty without one.
+        programs: of its models, one each; empty without one.
         reach: slots behind a row's newest token that it may write.
-        catches_up: rounds may leave it out: it is told of their tokens later, by ``catch_up(state)``.
+        can_skip: rounds may leave it out, after which ``catch_up`` tells it of their tokens; else it drafts in every one.
+        reports_match_length: ``look_ahead`` says how good the next proposal is before it is made.
     """
 
     kind: str
     shape: RoundShape
     taps: tuple[Tap, ...]
-    runners: tuple[ModelRunner, ...]
+    programs: tuple[Programs, ...]
     reach: int
-    catches_up: bool
+    can_skip: bool
+    reports_match_length: bool
 
     def reserve(self, rows: int, capacity: int) -> bool:
         """Make room for ``rows`` rows of ``capacity`` tokens; True when buffers moved (captured graphs are void)."""
@@ -124,5 +126,8 @@ class Draft(Protocol):
         """Draft behind each row's root token."""
 
     def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor | None:
-        """Called when tokens were committed. int32 [B]: how promising the next proposal is, 0 for not at all; None when
-        that cannot be told without drafting."""
+        """Called when tokens were committed. int32 [B]: the length of the match that the next proposal continues, 0 for none;
+        None of a draft that does not report it."""
+
+    def catch_up(self, state: DecodeState) -> None:
+        """See the tokens of rounds that left the draft out: before it drafts again, and after ``MOST_PENDING`` such rounds."""

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from spec_compile.config import RoundShape, SpecConfig, chain
 from spec_compile.errors import SpecCompileError
-from spec_compile.hardware import Hardware
 from spec_compile.ops.sampling import TARGET_STREAM
 from spec_compile.runtime.device_time import eager_milliseconds
 from spec_compile.runtime.draft import MOST_PENDING, Draft
 from spec_compile.runtime.graphs import GraphCache
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.policy import DraftPolicy
-from spec_compile.runtime.program import SegmentCompiler
+from spec_compile.runtime.programs import Programs
 from spec_compile.runtime.progress import Progress
 from spec_compile.runtime.round import Accepted, RoundRecord, commit, run_round
 from spec_compile.runtime.state import DecodeState, SamplingPlan, new_state
@@ -61,19 +60,12 @@ class Request:
 class Engine:
     """Owns every buffer, program and graph of one ``spec_compile``d model."""
 
-    def __init__(
-        self,
-        target: ModelRunner,
-        draft: Draft | None,
-        compiler: SegmentCompiler,
-        hardware: Hardware,
-        config: SpecConfig,
-    ) -> None:
-        self.target, self.draft, self.compiler, self.hardware, self.config = target, draft, compiler, hardware, config
-        self.device = target.device
+    def __init__(self, target: ModelRunner, draft: Draft | None, config: SpecConfig) -> None:
+        self.target, self.draft, self.config = target, draft, config
+        self.compiler, self.hardware, self.device = target.options.compiler, target.options.hardware, target.device
         self.shape = draft.shape if draft is not None else chain(0)
         self._rates: Tensor | None = None  # float32 [R, num_steps] where acceptance is simulated
-        self.graphs = GraphCache(self.device) if hardware.is_cuda and config.cuda_graphs else None
+        self.graphs = GraphCache(self.device) if self.hardware.is_cuda and config.cuda_graphs else None
         self.capture_seconds = 0.0
         self.last_round: RoundRecord | None = None  # the one launched last, in this call
         self._buffers: DecodeState | None = None
@@ -151,7 +143,7 @@ class Engine:
         )
 
     def _allocate(self, rows: int, capacity: int) -> None:
-        moved = self.target.reserve(rows, capacity, self.shape.num_draft_tokens)
+        moved = self.target.programs.reserve(rows, capacity, self.shape.num_draft_tokens)
         if self.draft is not None:
             moved = self.draft.reserve(rows, capacity) or moved
         if not moved and self._buffers is not None:
@@ -160,7 +152,7 @@ class Engine:
             self.graphs.clear()
         if self.hardware.is_cuda:
             self._warmed.clear()  # kernels are chosen anew, and some of them built
-        pages = self.target.pool.page_table.shape[1]
+        pages = self.target.programs.pool.page_table.shape[1]
         self._buffers = new_state(rows, capacity, pages, self.shape.num_steps, self.device)
         self._rates = self._simulated_rates(rows)
 
@@ -169,11 +161,12 @@ class Engine:
             self.graphs.clear()
         self._warmed.clear()
         self._buffers = None
-        for runner in self._runners():
-            runner.drop_pool()
+        for programs in self.programs():
+            programs.drop_pool()
 
-    def _runners(self) -> list[ModelRunner]:
-        return [self.target, *(() if self.draft is None else self.draft.runners)]
+    def programs(self) -> list[Programs]:
+        """The target's, then those of the draft's models."""
+        return [self.target.programs, *(() if self.draft is None else self.draft.programs)]
 
     def _simulated_rates(self, rows: int) -> Tensor | None:
         rates = self.config.simulated_rates(self.shape.num_steps)
@@ -190,7 +183,7 @@ class Engine:
                     self.draft.prepare(rows, plan, shape)
                 name = f"{rows} rows × {shape.num_draft_tokens} tokens ({shape})"
                 self._warm(self._key(state, plan, shape), name, functools.partial(self._round, state, plan, shape))
-            if self.chooses and self._leaves_out:
+            if self._catches_up:
                 self._warm((rows, _CATCH_UP), f"{rows} rows, catch up", functools.partial(self.draft.catch_up, state))
             if self.chooses and self.graphs is not None:
                 self._measure(state, plan)
@@ -200,7 +193,7 @@ class Engine:
         if not self.chooses:
             return [self.shape]
         steps = self.shape.num_steps
-        if self.draft.kind == "ngram":
+        if self.draft.reports_match_length:
             return [chain(n) for n in sorted({0, steps} if self.hardware.is_cuda else {0, min(_SHORT_DRAFT, steps), steps})]
         if self.shape.is_tree:
             return [chain(0), chain(min(_SHORT_DRAFT, steps)), self.shape]
@@ -212,12 +205,12 @@ class Engine:
         (a causal LM, a DFlash head), nor on a CPU for a head, nor where a mean accept length is decreed for every round."""
         if self.draft is None or not self.config.adaptive or self.config.simulate_accept_length is not None:
             return False
-        return self.draft.kind == "ngram" or self._leaves_out
+        return self.draft.can_skip and (self.draft.reports_match_length or self.hardware.is_cuda)
 
     @property
-    def _leaves_out(self) -> bool:
-        """Whether the draft is a head that keeps what plain rounds tell it for later."""
-        return self.draft is not None and self.draft.catches_up and self.hardware.is_cuda
+    def _catches_up(self) -> bool:
+        """Whether rounds leave out a draft that reads the target's hidden states, and has to be told of them later."""
+        return self.chooses and bool(self.draft.taps)
 
     def policy(self, state: DecodeState, plan: SamplingPlan) -> DraftPolicy:
         """What chooses among ``round_shapes`` for this bucket and plan; it remembers earlier requests."""
@@ -304,7 +297,7 @@ class Engine:
             (state.seed, request.seed),
         ):
             tensor[:batch] = torch.tensor(values, dtype=tensor.dtype, device=self.device)
-        state.page_table[:batch] = self.target.pool.page_table[:batch]
+        state.page_table[:batch] = self.target.programs.pool.page_table[:batch]
         state.state_slot[:batch] = torch.arange(1, batch + 1, dtype=torch.int32, device=self.device)
         state.finished[:batch] = False
         state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids, dtype=torch.int64, device=self.device)
@@ -353,9 +346,9 @@ class Engine:
 
     def what_changed(self) -> Iterator[str]:
         """Names of what of the target or the draft is no longer as it was captured."""
-        yield from self.target.what_changed()
-        for runner in () if self.draft is None else self.draft.runners:
-            yield from (f"the draft's {name}" for name in runner.what_changed())
+        yield from self.target.programs.what_changed()
+        for programs in () if self.draft is None else self.draft.programs:
+            yield from (f"the draft's {name}" for name in programs.what_changed())
 
     def captured(self) -> list[tuple[str, int]]:
         """(name, bytes) of every captured graph; they share one pool, so the bytes add up to its size."""
@@ -363,7 +356,7 @@ class Engine:
 
     def kv_bytes(self) -> int:
         """Bytes of the KV pools, the draft's and recurrent states included."""
-        pools = [pool for runner in self._runners() for pool in (runner.pool, runner.states)]
+        pools = [pool for programs in self.programs() for pool in (programs.pool, programs.states)]
         return sum(pool.nbytes for pool in pools if pool is not None)
 
     def release(self) -> None:
@@ -371,8 +364,8 @@ class Engine:
         if self.graphs is not None:
             self.graphs.clear()
         self._buffers = self.last_round = None
-        for runner in self._runners():
-            runner.release()
+        for programs in self.programs():
+            programs.release()
 
     @staticmethod
     def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:

@@ -66,8 +66,8 @@ def decode_lockstep(engine: Engine, request: Request, transcript: Transcript) ->
         if done:
             return result
         _advance(engine, state, transcript, taken, states)
-        if window is not None and engine.target.states is not None:  # prefill leaves its states where they belong
-            engine.target.states.commit(state.state_slot, None, torch.full_like(state.cache_len, taken))
+        if window is not None and engine.target.programs.states is not None:  # prefill leaves its states where they belong
+            engine.target.programs.states.commit(state.state_slot, None, torch.full_like(state.cache_len, taken))
         inputs = round_inputs(state, _shape(engine))
         window = _window(engine, state, transcript, inputs)
         slots, states = verify(engine.target, window, state, inputs, argmax=False)

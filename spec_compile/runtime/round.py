@@ -67,14 +67,14 @@ def run_round(
         ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
         accepted = dataclasses.replace(_simulate(simulated_rates, window, tree, ids, state, shape), law=accepted.law)
     if accepted.path is not None:
-        for page_table, caches in target.pool.by_table(state.page_table):
+        for page_table, caches in target.programs.pool.by_table(state.page_table):
             torch.ops.spec_compile.kv_commit(caches, page_table, state.cache_len, accepted.path)
         if states is not None:  # like the cache: what belongs to the path comes to the front
             index = accepted.path.clamp(min=0).long()[:, :, None]
             states = states.gather(1, index.expand(-1, -1, states.shape[2]))  # [B, E, n * Ht]
     count = commit(draft, state, accepted, inputs.lens[0], states)
-    if target.states is not None:
-        target.states.commit(state.state_slot, accepted.path, count)
+    if target.programs.states is not None:
+        target.programs.states.commit(state.state_slot, accepted.path, count)
     return RoundRecord(window, tree, dataclasses.replace(accepted, law=None))  # whose memory is all the probabilities'
 
 

@@ -47,7 +47,7 @@ def test_float32_text_equals_plain_generate(family: str) -> None:
         assert torch.equal(plain, model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=end)), batch
     graphs = [name for name, _ in model.spec.stats().graphs]
     assert graphs == ["8 rows × 1 tokens (0/1/1)", "8 rows × 6 tokens (5/1/6)"], "a grown pool voids older graphs"
-    assert "triton" in {c.provider for choices in model.spec._engine.target.choices.values() for c in choices}
+    assert "triton" in {c.provider for choices in model.spec._engine.target.programs.choices.values() for c in choices}
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
@@ -81,7 +81,7 @@ def test_compiled_with_a_draft_model() -> None:
     first = on_gpu(left_padded(3, 11))
     model.generate(**first, max_new_tokens=8, do_sample=False)
     engine = model.spec._engine
-    programs = dict(engine.target._programs), dict(engine.draft.runners[0]._programs), dict(engine.compiler.artifacts)
+    programs = [dict(p.built) for p in engine.programs()], dict(engine.compiler.artifacts)
     graphs = set(engine.graphs.rounds)
     counted = torch._dynamo.utils.counters["stats"]["calls_captured"]
     rounds = 0
@@ -93,7 +93,7 @@ def test_compiled_with_a_draft_model() -> None:
         assert model.spec.stats().accept_length > 1
     assert rounds >= 50
     assert set(engine.graphs.rounds) == graphs and torch._dynamo.utils.counters["stats"]["calls_captured"] == counted
-    assert programs == (engine.target._programs, engine.draft.runners[0]._programs, engine.compiler.artifacts)
+    assert programs == ([p.built for p in engine.programs()], engine.compiler.artifacts)
     sampled = model.generate(**first, max_new_tokens=20, do_sample=True, top_k=20, top_p=0.9, temperature=0.8)
     assert sampled.shape == (3, 31) and int(sampled.max()) < 96
     assert all(nbytes < 2**30 for _, nbytes in model.spec.stats().graphs)

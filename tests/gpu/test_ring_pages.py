@@ -49,7 +49,7 @@ def with_head(family: str, **options: object) -> tuple[PreTrainedModel, PreTrain
 
 
 def check_ring(model: PreTrainedModel) -> None:
-    pool = model.spec._engine.target.pool
+    pool = model.spec._engine.target.programs.pool
     assert min(pool.pages.values()) == 3 and pool.page_table.shape[1] >= 7
     assert "have 3 pages a row" in model.spec.explain()
     assert model.spec.stats().graphs, "rounds were launched kernel by kernel"
