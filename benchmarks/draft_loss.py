@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 from spec_compile.hf_integration.taps import Tap, tapped
 
 ATTENTION = "training_time_test"

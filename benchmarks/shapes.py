@@ -142,8 +142,8 @@ DRAFT_VOCAB = 32000  # of an EAGLE-3 head, as published ones for this vocabulary
 
 def random_head(name: str, target: nn.Module) -> nn.Module:
     """A head of the shape's kind and the target's sizes with random weights; small draft vocabularies are halved."""
-    from spec_compile.hf_integration.eagle3 import random_eagle3_head
-    from spec_compile.hf_integration.mtp import random_mtp_head
+    from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
+    from spec_compile.hf_integration.heads.mtp import random_mtp_head
 
     if SHAPES[name].head == "mtp":
         return random_mtp_head(target)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spec_compile.hf_integration.demo_model import DEMO_MODEL_NAME, load_demo_model
-from spec_compile.hf_integration.draft_head import like_target
-from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.heads.draft_head import like_target
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, random_eagle3_head
 
 CORPUS, HELD_OUT_CORPUS, SETTINGS = "corpus.pt", "held_out.pt", "generation.json"
 _LARGEST_CHANNEL_GAIN = 1e3
@@ -293,7 +293,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """Train and save head and log."""
-    from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
+    from spec_compile.hf_integration.checkpoints.eagle3_speculators import save_speculators_eagle3
 
     torch.set_float32_matmul_precision("high")
     device = _device(args.device)

@@ -29,8 +29,8 @@ from spec_compile.hf_integration.attention_interface import (
 )
 from spec_compile.hf_integration.caches import cache_argument
 from spec_compile.hf_integration.capture_context import CaptureContext
-from spec_compile.hf_integration.dflash import DFlashHead
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.dflash import DFlashHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 from spec_compile.hf_integration.mask_windows import read_windows
 from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.private_copy import ask_for_logits_alone, private_copy

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config
 
-from spec_compile.hf_integration.dflash import DFlashHead
-from spec_compile.hf_integration.draft_head import layer_sizes_like, like_target, randomise
+from spec_compile.hf_integration.heads.dflash import DFlashHead
+from spec_compile.hf_integration.heads.draft_head import layer_sizes_like, like_target, randomise
 
 
 def own_vocabulary(

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 
 DATA = Path(__file__).parent / "data"
 HIDDEN, VOCAB, LAYERS = 32, 64, 8

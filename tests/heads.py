@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.drafts.eagle import EagleDraft
-from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.mtp import MtpLayers
+from spec_compile.hf_integration.heads.draft_head import DraftHead
+from spec_compile.hf_integration.heads.mtp import MtpLayers
 from spec_compile.hf_integration.taps import NORMED, Tap, decoder_layers
 from spec_compile.runtime.engine import Engine
 

@@ -9,7 +9,7 @@ import torch
 
 from spec_compile.hf_integration.attention_interface import capture_context
 from spec_compile.hf_integration.capture_context import CaptureContext
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 
 PAGE_SIZE = 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from spec_compile import spec_compile
 from spec_compile.errors import CaptureError
 from spec_compile.hf_integration.capture import capture_prefill
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.runtime import engine as engine_module
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.state import SamplingPlan

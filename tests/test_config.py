@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedModel
 from spec_compile import SpecConfig, drafts, spec_compile
 from spec_compile.drafts.names import check_name
 from spec_compile.errors import ConfigError, DraftError, SpecCompileError
-from spec_compile.hf_integration import draft_checkpoint
+from spec_compile.hf_integration.checkpoints import detect
 from spec_compile.runtime import kv_pool
 
 
@@ -94,7 +94,7 @@ def test_a_draft_that_is_not_there_is_said_to_be_so_without_the_hub(draft: str, 
     def ask(name: str) -> None:
         raise AssertionError(f"the hub was asked for {name!r}")
 
-    monkeypatch.setattr(draft_checkpoint, "_config_from_hub", ask)
+    monkeypatch.setattr(detect, "_config_from_hub", ask)
     with pytest.raises(DraftError, match=message):
         spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
 

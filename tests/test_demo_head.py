@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError, MissingDependencyError
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
 from spec_compile.hf_integration.demo_model import demo_draft_dir, load_demo_model
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import draft_report

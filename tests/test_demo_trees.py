@@ -12,8 +12,8 @@ from spec_compile import cli, demo_head
 from spec_compile.demo_report import PromptResult
 from spec_compile.draft_tree import DraftTree
 from spec_compile.hf_integration import demo_model
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
-from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.checkpoints.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 RUN = ("demo", "--compile", "none", "--max-new-tokens", "10", "--device", "cpu", "--dtype", "float32", "--prompt", "w1 w2 w1")
 

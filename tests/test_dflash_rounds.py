@@ -21,7 +21,7 @@ from spec_compile import spec_compile
 from spec_compile.drafts.dflash import DFlashDraft
 from spec_compile.errors import DraftError
 from spec_compile.hardware import Hardware
-from spec_compile.hf_integration.dflash import DFlashHead, random_dflash_head
+from spec_compile.hf_integration.heads.dflash import DFlashHead, random_dflash_head
 from spec_compile.runtime.draft import Proposal
 
 NEW_TOKENS, PROMPT, BLOCK = 24, 11, 5

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.checkpoint_files import files_by_name
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
-from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
-from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
+from spec_compile.hf_integration.checkpoints.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.checkpoints.files import files_by_name
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, random_eagle3_head
 
 
 def target(**overrides: object) -> PreTrainedModel:
@@ -231,9 +231,9 @@ def test_a_hub_id_is_fetched_only_if_it_can_be_a_head(
             raise EntryNotFoundError(f"{file} is not there")
         return str(directory / file)
 
-    module = "spec_compile.hf_integration.draft_checkpoint"
+    module = "spec_compile.hf_integration.checkpoints.detect"
     monkeypatch.setattr(f"{module}.hf_hub_download", download)
-    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", download)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoints.files.hf_hub_download", download)
     monkeypatch.setattr(f"{module}.snapshot_download", lambda name, allow_patterns: fetched.append(name) or str(directory))
     if kind != "a head":
         config = {**head.config.to_dict(), "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32, "layer_types": None}

@@ -16,9 +16,9 @@ from test_draft_eagle3 import WEIGHTS
 from transformers import LlamaConfig, Qwen3Config
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.checkpoints.config import account_for
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 
 FORMATS: dict[str, tuple[Callable, dict]] = {
     "safeailab": (eagle3.safeailab, WEIGHTS),

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.attention_interface import capture_context
-from spec_compile.hf_integration.dflash import DFlashHead, default_dflash_taps, random_dflash_head
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
+from spec_compile.hf_integration.heads.dflash import DFlashHead, default_dflash_taps, random_dflash_head
 from spec_compile.hf_integration.taps import NORMED
 from spec_compile.ops.kv_cache import kv_write
 

@@ -11,7 +11,7 @@ from draft_files import HIDDEN, LAYERS, VOCAB, draft_logits, expected, largest_d
 from torch import Tensor
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
 from spec_compile.hf_integration.taps import NORMED
 
 WEIGHTS = reference("draft_eagle.safetensors")

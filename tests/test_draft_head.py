@@ -12,9 +12,9 @@ from transformers import DynamicCache, LlamaConfig
 from spec_compile.drafts.make import _check_head
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.capture import capture_head_prefill, capture_head_window
-from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise
-from spec_compile.hf_integration.eagle import EagleHead
-from spec_compile.hf_integration.eagle3 import default_taps, random_eagle3_head
+from spec_compile.hf_integration.heads.draft_head import DraftHead, layer_sizes_like, like_target, randomise
+from spec_compile.hf_integration.heads.eagle import EagleHead
+from spec_compile.hf_integration.heads.eagle3 import default_taps, random_eagle3_head
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_checkpoint import _files_of_any_model, load_draft_head
-from spec_compile.hf_integration.mtp import MtpHead, random_mtp_head
-from spec_compile.hf_integration.mtp_checkpoint import find_mtp, load_mtp_head
+from spec_compile.hf_integration.checkpoints.detect import _files_of_any_model, load_draft_head
+from spec_compile.hf_integration.checkpoints.mtp import find_mtp, load_mtp_head
+from spec_compile.hf_integration.heads.mtp import MtpHead, random_mtp_head
 from spec_compile.hf_integration.taps import NORMED, decoder_layers
 
 TOLERANCE = 2e-5
@@ -399,7 +399,7 @@ def test_of_a_hub_repository_only_the_heads_files_are_fetched(tmp_path: Path, mo
         fetched.append(file)
         return str(directory / file)
 
-    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", download)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoints.files.hf_hub_download", download)
     target.name_or_path, target.config._commit_hash = "somebody/model", "abc"
     assert same_head(head, load_mtp_head(target))
     assert fetched == ["model.safetensors.index.json", "model-00002-of-00002.safetensors", "config.json"]
@@ -420,7 +420,7 @@ def test_without_the_hub_what_is_not_cached_is_unknown_and_not_absent(tmp_path: 
             raise LocalEntryNotFoundError("Please check your connection")
         return str(tmp_path / "cached" / file)
 
-    monkeypatch.setattr("spec_compile.hf_integration.checkpoint_files.hf_hub_download", offline)
+    monkeypatch.setattr("spec_compile.hf_integration.checkpoints.files.hf_hub_download", offline)
     assert same_head(head, load_mtp_head(target))
     # One after another: the config (block sizes stand there), the shard, everything.
     files = ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spec_compile import spec_compile
 from spec_compile.config import chain
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.runtime.draft import MOST_PENDING
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.state import SamplingPlan

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spec_compile import SpecConfig, spec_compile
 from spec_compile.errors import ConfigError, DraftError
-from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, random_eagle3_head
 
 
 @pytest.mark.parametrize(

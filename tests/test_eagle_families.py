@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.draft_head import DraftHead
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 NEW_TOKENS, PROMPT = 24, 11  # text crosses the sliding windows of 16
 SHAPES = ("3/1/4", "5/4/8", "6/10/32", "7/10/60")

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 PROMPT, NEW_TOKENS = 11, 24
 SHAPES = ("3/1/4", "5/4/8")

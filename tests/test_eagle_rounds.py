@@ -19,9 +19,9 @@ from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
-from spec_compile.hf_integration.mtp import random_mtp_head
+from spec_compile.hf_integration.heads.draft_head import DraftHead
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.mtp import random_mtp_head
 from spec_compile.runtime.draft import Verified
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.model_runner import ModelRunner

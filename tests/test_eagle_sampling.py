@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper
 
 from spec_compile import spec_compile
 from spec_compile.drafts.eagle import EagleDraft
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.runtime.draft import Proposal
 
 # Six of the target's eight tokens, in another order of ids than of the head's: a q that is not scattered shows.

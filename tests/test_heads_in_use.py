@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 KINDS = {"tree": {"num_steps": 3, "topk": 2, "num_draft_tokens": 6}, "chain": {"num_steps": 3}, "dflash": {}}

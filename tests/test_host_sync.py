@@ -29,9 +29,9 @@ from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.drafts.pending import PendingStates
 from spec_compile.hardware import Hardware
-from spec_compile.hf_integration.dflash import random_dflash_head
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
-from spec_compile.hf_integration.mtp import random_mtp_layers
+from spec_compile.hf_integration.heads.dflash import random_dflash_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.mtp import random_mtp_layers
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.runtime.draft import MOST_PENDING, Draft, Proposal, RoundInputs
 from spec_compile.runtime.model_runner import ModelRunner

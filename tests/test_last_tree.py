@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from spec_compile import spec_compile
 from spec_compile.draft_tree import DraftTree
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 PROMPT = torch.arange(5, 16)[None]
 NEW_TOKENS = 20

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.drafts.eagle import EagleDraft
-from spec_compile.hf_integration.mtp import random_mtp_head
+from spec_compile.hf_integration.heads.mtp import random_mtp_head
 from spec_compile.runtime.draft import Proposal
 
 

@@ -12,7 +12,7 @@ from test_eagle_families import Pair, check_rounds, make_pair
 from tiny import left_padded, tiny_model
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.mtp import random_mtp_head
+from spec_compile.hf_integration.heads.mtp import random_mtp_head
 
 pytestmark = pytest.mark.usefixtures("one_bucket")
 

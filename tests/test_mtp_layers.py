@@ -26,7 +26,7 @@ from spec_compile.drafts.eagle import EagleDraft
 from spec_compile.drafts.head_runner import HeadRunner
 from spec_compile.drafts.mtp_layers import MtpLayersDraft
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.mtp import MtpLayers, random_mtp_layers
+from spec_compile.hf_integration.heads.mtp import MtpLayers, random_mtp_layers
 from spec_compile.hf_integration.taps import NORMED
 from spec_compile.runtime.draft import MOST_PENDING, Proposal
 from spec_compile.runtime.engine import Engine

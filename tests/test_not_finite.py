@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from spec_compile import spec_compile
 from spec_compile.errors import SamplingError
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 QUICK = {"compile": "none", "progress": False, "adaptive": False}
 

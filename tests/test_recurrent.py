@@ -23,7 +23,7 @@ from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import DraftError, SpecCompileError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.hf_integration.recurrent_layers import recurrent_capture
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.engine import Engine, Request

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.hf_integration.capture import capture_window
-from spec_compile.hf_integration.dflash import random_dflash_head
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.dflash import random_dflash_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.passes.graph import placeholders
 from spec_compile.runtime import model_runner
 

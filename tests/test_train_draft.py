@@ -22,9 +22,9 @@ import train_draft
 from draft_data import Corpus
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.draft_checkpoint import load_draft_head
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
-from spec_compile.hf_integration.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.checkpoints.detect import load_draft_head
+from spec_compile.hf_integration.checkpoints.eagle3_speculators import save_speculators_eagle3
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 
 STEPS = 4
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from spec_compile import spec_compile
 from spec_compile.config import chain
 from spec_compile.drafts.ngram import NgramDraft
-from spec_compile.hf_integration.eagle3 import random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 from spec_compile.runtime.engine import Engine
 
 FAMILIES = ("mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss", "deepseek_v3")

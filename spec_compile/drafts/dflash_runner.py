@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spec_compile.hf_integration.capture import capture_block, capture_dflash_context
-from spec_compile.hf_integration.dflash import DFlashHead
+from spec_compile.hf_integration.heads.dflash import DFlashHead
 from spec_compile.passes.pipeline import prepare_context, prepare_head
 from spec_compile.runtime.model_runner import pack
 from spec_compile.runtime.options import RuntimeOptions

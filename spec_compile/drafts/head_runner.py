@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.hf_integration.capture import capture_head_prefill, capture_head_window
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 from spec_compile.passes.pipeline import prepare_head
 from spec_compile.runtime.model_runner import groups, pack
 from spec_compile.runtime.options import RuntimeOptions

@@ -19,10 +19,10 @@ from spec_compile.drafts.names import check_name
 from spec_compile.drafts.ngram import NgramDraft
 from spec_compile.errors import CaptureError, ConfigError, DraftError
 from spec_compile.hf_integration.capture import PLAIN_WORKS
-from spec_compile.hf_integration.dflash import DFlashHead
-from spec_compile.hf_integration.draft_head import DraftHead, check_fits
 from spec_compile.hf_integration.given_model import check_placement, inside
-from spec_compile.hf_integration.mtp import MtpLayers
+from spec_compile.hf_integration.heads.dflash import DFlashHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead, check_fits
+from spec_compile.hf_integration.heads.mtp import MtpLayers
 from spec_compile.runtime.draft import Draft
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.options import RuntimeOptions
@@ -47,12 +47,12 @@ def load_draft(
     Raises:
         DraftError: not a draft, or none that can be read.
     """
-    from spec_compile.hf_integration.draft_checkpoint import refuse_unread
+    from spec_compile.hf_integration.checkpoints.detect import refuse_unread
 
     if draft is None or draft == "ngram":
         return draft
     if draft == "mtp":
-        from spec_compile.hf_integration.mtp_checkpoint import load_mtp_head
+        from spec_compile.hf_integration.checkpoints.mtp import load_mtp_head
 
         return load_mtp_head(target)
     if isinstance(draft, str | os.PathLike):
@@ -121,7 +121,7 @@ def _mtp_layers(draft: MtpLayers, target: PreTrainedModel, config: SpecConfig, o
     if steps > len(draft.heads):
         raise DraftError(
             f"num_steps={steps}: this draft has {len(draft.heads)} MTP layers, one a step. Leave num_steps out, or let its "
-            "first layer draft every step: spec_compile.hf_integration.mtp_checkpoint.load_mtp_head() gives it as heads[0]."
+            "first layer draft every step: spec_compile.hf_integration.checkpoints.mtp.load_mtp_head() gives it as heads[0]."
         )
     if config.topk > 1 and steps > 1:
         raise DraftError(
@@ -187,7 +187,7 @@ def _chain_only(config: SpecConfig, what: str, default_steps: int) -> RoundShape
 def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
     name = os.path.expanduser(name)
     check_name(name)
-    from spec_compile.hf_integration.draft_checkpoint import load_draft_head
+    from spec_compile.hf_integration.checkpoints.detect import load_draft_head
 
     head = load_draft_head(name, target)
     if head is not None:

@@ -15,7 +15,7 @@ from tiny import left_padded, tiny_model
 from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.dflash import DFlashHead
+from spec_compile.hf_integration.heads.dflash import DFlashHead
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -18,7 +18,7 @@ from test_backend import SHAPE, explained, usable
 from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
 
 from spec_compile import spec_compile
-from spec_compile.hf_integration.eagle3 import Eagle3Head, random_eagle3_head
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, random_eagle3_head
 from spec_compile.runtime.state import SamplingPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -19,7 +19,7 @@ from tiny import left_padded, tiny_model
 
 from spec_compile import spec_compile
 from spec_compile.config import chain
-from spec_compile.hf_integration.mtp import MtpHead, MtpLayers, random_mtp_head, random_mtp_layers
+from spec_compile.hf_integration.heads.mtp import MtpHead, MtpLayers, random_mtp_head, random_mtp_layers
 from spec_compile.runtime.engine import Request
 from spec_compile.runtime.state import SamplingPlan
 

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_head import DraftHead, layer_sizes_like, like_target, randomise
+from spec_compile.hf_integration.heads.draft_head import DraftHead, layer_sizes_like, like_target, randomise
 from spec_compile.hf_integration.taps import Tap
 
 

@@ -23,16 +23,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.checkpoint_files import checkpoint_file, files_by_name
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_head import like_target
-from spec_compile.hf_integration.draft_tensors import (
+from spec_compile.hf_integration.checkpoints.config import account_for
+from spec_compile.hf_integration.checkpoints.files import checkpoint_file, files_by_name
+from spec_compile.hf_integration.checkpoints.tensors import (
     DraftCheckpoint,
     fill,
     read_tensors,
     vocabulary,
 )
-from spec_compile.hf_integration.mtp import MtpHead, MtpLayers
+from spec_compile.hf_integration.heads.draft_head import like_target
+from spec_compile.hf_integration.heads.mtp import MtpHead, MtpLayers
 from spec_compile.hf_integration.transformers_private import commit_hash
 
 

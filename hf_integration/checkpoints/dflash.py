@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from transformers import AutoConfig, PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.dflash import DFlashHead, default_dflash_taps
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_head import like_target
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers, fill, layer_config, vocabulary
-from spec_compile.hf_integration.eagle3 import default_taps
+from spec_compile.hf_integration.checkpoints.config import account_for
+from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, check_layers, fill, layer_config, vocabulary
+from spec_compile.hf_integration.heads.dflash import DFlashHead, default_dflash_taps
+from spec_compile.hf_integration.heads.draft_head import like_target
+from spec_compile.hf_integration.heads.eagle3 import default_taps
 from spec_compile.hf_integration.taps import NORMED, Tap
 
 _TRANSFORMERS = "muse_glimmer_assistant"

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, check_layers
-from spec_compile.hf_integration.eagle3 import Eagle3Head, default_taps
-from spec_compile.hf_integration.eagle3_safeailab import build_eagle3
+from spec_compile.hf_integration.checkpoints.config import account_for
+from spec_compile.hf_integration.checkpoints.eagle3_safeailab import build_eagle3
+from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, check_layers
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, default_taps
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")

@@ -22,15 +22,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.checkpoint_files import files_by_name
-from spec_compile.hf_integration.dflash_checkpoint import read_dflash, read_dflash_speculators
-from spec_compile.hf_integration.draft_head import DraftHead
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, read_checkpoint, read_config
-from spec_compile.hf_integration.eagle import read_eagle
-from spec_compile.hf_integration.eagle3_safeailab import read_eagle3_safeailab
-from spec_compile.hf_integration.eagle3_speculators import read_eagle3_speculators
-from spec_compile.hf_integration.mtp import MtpLayers
-from spec_compile.hf_integration.mtp_checkpoint import holds_mtp_for, load_mtp_head
+from spec_compile.hf_integration.checkpoints.dflash import read_dflash, read_dflash_speculators
+from spec_compile.hf_integration.checkpoints.eagle import read_eagle
+from spec_compile.hf_integration.checkpoints.eagle3_safeailab import read_eagle3_safeailab
+from spec_compile.hf_integration.checkpoints.eagle3_speculators import read_eagle3_speculators
+from spec_compile.hf_integration.checkpoints.files import files_by_name
+from spec_compile.hf_integration.checkpoints.mtp import holds_mtp_for, load_mtp_head
+from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, read_checkpoint, read_config
+from spec_compile.hf_integration.heads.draft_head import DraftHead
+from spec_compile.hf_integration.heads.mtp import MtpLayers
 
 Reader = Callable[[DraftCheckpoint, PreTrainedModel], DraftHead]
 

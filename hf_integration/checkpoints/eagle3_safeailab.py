@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_head import like_target
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
-from spec_compile.hf_integration.eagle3 import Eagle3Head, Eagle3Options, default_taps
+from spec_compile.hf_integration.checkpoints.config import account_for
+from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, fill, layer_config, vocabulary
+from spec_compile.hf_integration.heads.draft_head import like_target
+from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, Eagle3Options, default_taps
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _READ = (

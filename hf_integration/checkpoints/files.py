@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_tensors import read_index, read_names, weight_files
+from spec_compile.hf_integration.checkpoints.tensors import read_index, read_names, weight_files
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

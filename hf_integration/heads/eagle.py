@@ -14,9 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_config import account_for
-from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target
-from spec_compile.hf_integration.draft_tensors import DraftCheckpoint, fill, layer_config, vocabulary
+from spec_compile.hf_integration.heads.draft_head import DraftHead, causal_masks
 from spec_compile.hf_integration.taps import NORMED
 
 
@@ -72,18 +70,3 @@ class EagleHead(DraftHead):
 
     def feedback(self, hidden: Tensor) -> Tensor:
         return hidden
-
-
-def read_eagle(checkpoint: DraftCheckpoint, target: PreTrainedModel) -> EagleHead:
-    """A SafeAILab EAGLE-1 or EAGLE-2 checkpoint (also SGLang's ``LlamaForCausalLMEagle``).
-
-    Raises:
-        DraftError: names what is missing, unknown, of the wrong shape or not supported.
-    """
-    account_for(checkpoint.where, checkpoint.config, {})
-    config = layer_config(checkpoint, checkpoint.config, target)
-    draft_ids, owned = vocabulary(checkpoint, target)
-    with like_target(target):
-        head = EagleHead(config, target, "fc.bias" in checkpoint.tensors, draft_ids, owned)
-    fill(head, checkpoint)
-    return head

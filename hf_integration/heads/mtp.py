@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, like_target, randomise
+from spec_compile.hf_integration.heads.draft_head import DraftHead, causal_masks, like_target, randomise
 from spec_compile.hf_integration.taps import NORMED, decoder_layers
 
 

@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from spec_compile.errors import DraftError
 from spec_compile.hf_integration.caches import cache_argument
-from spec_compile.hf_integration.draft_head import DraftHead, causal_masks, layer_sizes_like, like_target, randomise
+from spec_compile.hf_integration.heads.draft_head import DraftHead, causal_masks, layer_sizes_like, like_target, randomise
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 from spec_compile.errors import DraftError
-from spec_compile.hf_integration.draft_head import DraftHead
+from spec_compile.hf_integration.heads.draft_head import DraftHead
 from spec_compile.hf_integration.rope import published_rope
 
 # What checkpoints carry besides a head's own parameters: the other half of the vocabulary map (checked by vocabulary()),

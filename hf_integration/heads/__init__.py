@@ -1,0 +1,1 @@
+"""Draft heads as modules: what a head computes, whatever format its weights came in."""
