@@ -8,7 +8,8 @@ import pytest
 from tiny import tiny_model
 from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedModel
 
-from spec_compile import SpecConfig, drafts, spec_compile
+from spec_compile import SpecConfig, spec_compile
+from spec_compile.drafts import make
 from spec_compile.drafts.names import check_name
 from spec_compile.errors import ConfigError, DraftError, SpecCompileError
 from spec_compile.hf_integration.checkpoints import detect
@@ -118,7 +119,7 @@ def test_a_model_that_is_not_causal_is_the_drafts_fault(kind: type[PreTrainedMod
 @pytest.mark.parametrize(("size", "told"), [(80, True), (128, True), (96, False), (100, False)])
 def test_a_draft_of_another_vocabulary_is_told_once(size: int, told: bool, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr(drafts.log, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(make.log, "warning", lambda text, *args: said.append(text % args))
     draft = tiny_model("llama", num_hidden_layers=1, vocab_size=size)
     spec_compile(tiny_model("llama", num_hidden_layers=1), draft=draft, compile="none")
     wanted = f"draft=LlamaForCausalLM object has a vocabulary of {size} tokens, the target of 96: do they share a tokenizer?"
