@@ -39,6 +39,7 @@ _PADDING, _PROMPT, _WINDOW = 3, 16, 8  # tokens: in front of the text, of its pr
 _ALLOWED = {torch.bfloat16: 6e-2}
 _ALLOWED_ELSE = 1e-2  # TensorFloat-32 included
 _SENSITIVITY = 4.0  # allowed, in units of what one more rounding of the embeddings does
+_ROUNDINGS = 5  # tried: of one right model whose routers chose otherwise (0.115) they did 0.022, 0.019, 0.023, 0.125 and 0.149
 # What one pass may take to get past a sliding window: multiply-adds, a token and parameter one each (0.05 s on an H200), and
 # tokens, whose scores the generic ops keep. The width of a window that is not reached rests on the mask it was read from.
 _WORK = {"cuda": (2e13, 1100), "cpu": (2e9, 300)}
@@ -73,9 +74,10 @@ def check_capture(model: PreTrainedModel, graph: StageGraph) -> None:
             ) from error
         worst = _error(_captured_logits(graph, ids, prompt), own, regions)
         allowed = _ALLOWED.get(model.get_input_embeddings().weight.dtype, _ALLOWED_ELSE)
-        if worst > allowed:
-            with _rounded_once_more(copy), sdpa_kernel(SDPBackend.MATH):
-                allowed = max(allowed, _SENSITIVITY * _error(_own_logits(copy, ids, parts), own, regions))
+        for seed in range(1, 1 + _ROUNDINGS):
+            if worst > allowed:
+                with _rounded_once_more(copy, seed), sdpa_kernel(SDPBackend.MATH):
+                    allowed = max(allowed, _SENSITIVITY * _error(_own_logits(copy, ids, parts), own, regions))
     if not worst <= allowed:
         raise CaptureError(
             refusal(
@@ -143,11 +145,11 @@ def _own_logits(model: PreTrainedModel, ids: Tensor, parts: list[int]) -> Tensor
 
 
 @contextlib.contextmanager
-def _rounded_once_more(copy: PreTrainedModel) -> Iterator[None]:
-    """Embeddings that are off by up to one rounding of their type."""
+def _rounded_once_more(copy: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Embeddings that are off by up to one rounding of their type, by other numbers for every ``seed``."""
 
     def perturb(module, args, out: Tensor) -> Tensor:
-        generator = torch.Generator(device="cpu").manual_seed(1)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         noise = torch.rand(out.shape, generator=generator, device="cpu").to(out.device) * 2 - 1
         return (out.float() * (1 + torch.finfo(out.dtype).eps * noise)).to(out.dtype)
 

@@ -113,6 +113,22 @@ def test_what_one_more_rounding_does_to_the_model_itself_is_allowed(monkeypatch)
         check_capture(model, plant(captured(model), "scale"))
 
 
+@pytest.mark.parametrize(("fourth", "right"), [(0.125, True), (0.023, False)])
+def test_several_roundings_are_tried_before_a_model_is_refused(fourth: float, right: bool, monkeypatch) -> None:
+    """One of them need not meet the near tie of a router that the graph has met."""
+    model, seen = tiny_model("llama").to(torch.bfloat16), []
+    graph, errors = captured(model), iter([0.11, 0.022, 0.019, 0.023, fourth, 0.022])
+    own = self_check._own_logits
+    monkeypatch.setattr(self_check, "_own_logits", lambda *args: seen.append(own(*args)) or seen[-1])
+    monkeypatch.setattr(self_check, "_error", lambda *args: next(errors))
+    if right:
+        check_capture(model, graph)
+    else:
+        with pytest.raises(CaptureError, match=r"differ by 1\.1e-01 .* explains 9\.2e-02"):
+            check_capture(model, graph)
+    assert len(seen) == (5 if right else 6) and not torch.equal(seen[1], seen[2]), "each is another rounding"
+
+
 def test_a_mask_that_reaches_further_than_the_cache_is_the_graphs_meaning() -> None:
     settings = {"ffn_dim": 96, "sliding_window": 12, "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
     config = AutoConfig.for_model("moshi", num_attention_heads=4, num_key_value_heads=2, head_dim=16, **settings)
