@@ -70,6 +70,14 @@ def test_sections_of_modelopt_are_no_news(tmp_path: Path):
         assert load(tmp_path, "safeailab", {"eagle_config": said}).taps == (2, 4, 5)
 
 
+@pytest.mark.parametrize("mode", ["gqa", "mha"])
+def test_an_attention_mode_that_the_numbers_of_heads_tell_is_no_news(mode: str, tmp_path: Path):
+    """SpecForge's ``mha`` is ``gqa`` with as many key/value heads as query heads (its docs on DFlash-family attention)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path, "zlab", {"attention_mode": mode})
+
+
 @pytest.mark.parametrize("case", FORMATS)
 def test_an_unknown_key_is_named_in_one_warning(case: str, tmp_path: Path):
     with pytest.warns(UserWarning, match=r"keys that are not read: residual_scale, training\.stage\. If one") as seen:

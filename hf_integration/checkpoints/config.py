@@ -38,7 +38,7 @@ _DECISIVE = frozenset((*_NORMS, *_STATES, *_SLOTS, *_WINDOWS, *_SCALES, *_PARTS,
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "is_neox_style": (True, None),
     "rope_is_neox_style": (True, None),
-    "attention_mode": ("gqa", None),
+    "attention_mode": ("gqa", "mha", None),  # numbers of heads, which the sizes and tensors say
     "is_causal": (True, None),  # blocks of DFlash are not; all others are
     "causal": (True, None),
 }
