@@ -64,8 +64,8 @@ OWN: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one model type: ``"accelerated"``, ``"refused"``, ``"plain"``, ``"plain fails"``, ``"not built"`` or
-    ``"differs"``, with the reason."""
+    """What became of one model type: ``"accelerated"``, ``"refused"``, ``"plain"``, ``"plain fails"``, ``"not built"``,
+    ``"no answer"`` (it hangs or dies, and whose fault that is nobody knows) or ``"differs"``, with the reason."""
 
     model_type: str
     architecture: str
@@ -209,7 +209,7 @@ def sweep(model_types: list[str], jobs: int) -> Iterator[Row]:
 
 def late(model_type: str) -> Row:
     reason = f"no answer within {SECONDS} s and {BYTES >> 30} GiB"
-    return Row(model_type, architecture_of(model_type), "not built", reason)
+    return Row(model_type, architecture_of(model_type), "no answer", reason)
 
 
 def page(rows: list[Row]) -> str:
@@ -240,7 +240,7 @@ def page(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sweep; the exit status is 1 if any text differs."""
+    """Run the sweep; the exit status is 1 if any text differs, or did not come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{row.model_type:24} {row.result:12} {row.note}", flush=True)
     if args.out is not None:
         args.out.write_text(page(rows))
-    return int(any(row.result == "differs" for row in rows))
+    return int(any(row.result in ("differs", "no answer") for row in rows))
 
 
 if __name__ == "__main__":

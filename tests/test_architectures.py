@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,14 @@ def test_the_sweep_tells_accelerated_from_refused(tmp_path: Path) -> None:
     results = {row["model_type"]: row["result"] for row in ROW.finditer(page.read_text(encoding="utf-8"))}
     assert results == {"llama": "accelerated", "bloom": "refused", "blt": "not built"}
     assert "layers [] reach the attention interface" in page.read_text(encoding="utf-8")
+
+
+def test_who_does_not_answer_is_not_taken_for_a_model_that_cannot_be_built(monkeypatch, capsys) -> None:
+    """A hang or a crash may be ours."""
+    spec = importlib.util.spec_from_file_location("sweep_architectures", FOLDER / "sweep_architectures.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "_child", lambda model_type, results: os._exit(1))
+    assert script.main(["--only", "llama"]) == 1
+    assert re.search(r"^llama +no answer +no answer within", capsys.readouterr().out, re.MULTILINE)
