@@ -7,24 +7,31 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers import GenerationMixin, PreTrainedModel
 
 from spec_compile.hf_integration.forward_wrappers import patched_forward
 from spec_compile.hf_integration.python_state import Attributes, Remembered, changed_attributes, differences, equal, remember
-from spec_compile.hf_integration.transformers_private import PRIVATE_SETTINGS
+from spec_compile.hf_integration.transformers_private import PRIVATE_NOTES, PRIVATE_SETTINGS
+from spec_compile.ops.torch_private import (
+    BUFFERS,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    MODULES,
+    PARAMETERS,
+    DropoutNd,
+    global_hooks,
+)
 
 # The dictionaries that every module has; what is in them is looked at by itself.
 _TABLES = frozenset(nn.Module().__dict__)
 # What transformers, trainers and generate() itself leave on models and configs, and no forward in eval mode reads.
 _IDLE_ATTRIBUTES = _TABLES | {
-    "spec", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func", "warnings_issued", "model_tags",
-    "_compiled_call", "_last_compile_config", "_is_hf_initialized", "_require_grads_hook", "_require_grads_hooks",
-    "_output_capturing_hooks_installed", "rope_deltas", "name_or_path", "_previous_max_cache_length", "_loss_function",
+    "spec", "generation_config", "gradient_checkpointing", "warnings_issued", "model_tags", "rope_deltas", "name_or_path",
     "forward",  # what is patched there is looked at by itself
+    *PRIVATE_NOTES,
 }  # fmt: skip
 _IDLE_SETTINGS = frozenset({
-    "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "_name_or_path", "name_or_path", "architectures", "id2label",
+    "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "name_or_path", "architectures", "id2label",
     "label2id", "transformers_version", "return_dict", "output_hidden_states", "output_attentions", "dtype",
     *PRIVATE_SETTINGS,
 })  # fmt: skip
@@ -74,7 +81,7 @@ def fingerprint(model: nn.Module, bound: frozenset[int] = frozenset()) -> Finger
         found.classes.append((cls, members))
         for name, value in members.items():
             remember(found.state, f"{cls.__name__}.{name}", _function(value))
-    for name, hook in _hooks_of(nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
+    for name, hook in _hooks_of(*global_hooks().values()):
         remember(found.state, f"a global {name}", hook)
     return found
 
@@ -95,13 +102,13 @@ def what_changed(before: Fingerprint) -> Iterator[str]:
             )
         if ("forward" in own or seen.forward is not None) and patched_forward(module) != seen.forward:
             yield f"{seen.attributes.name}.forward".lstrip(".")
-        if own["_parameters"] or own["_buffers"] or seen.tensors:
+        if own[PARAMETERS] or own[BUFFERS] or seen.tensors:
             now = _tensors(own)
             if now != seen.tensors:
                 yield from _changed_tensors(seen, now)
-        if (own["_modules"] or seen.children) and own["_modules"] != seen.children:
+        if (own[MODULES] or seen.children) and own[MODULES] != seen.children:
             yield from _changed_children(seen)
-        if (own["_forward_hooks"] or own["_forward_pre_hooks"] or seen.hooks) and _hooks(own) != seen.hooks:
+        if (own[FORWARD_HOOKS] or own[FORWARD_PRE_HOOKS] or seen.hooks) and _hooks(own) != seen.hooks:
             yield f"the forward hooks of {_called(seen)}"
     if before.global_hooks != _global_hooks():
         yield "forward hooks of all modules"
@@ -117,7 +124,7 @@ def _walk(module: nn.Module, name: str, found: Fingerprint, classes: dict[type, 
     seen.add(id(module))
     own, kind = module.__dict__, _kind(module)
     attributes, forward = Attributes(name, own, dict(own)), patched_forward(module)
-    found.modules.append(_Module(attributes, module, kind, dict(own["_modules"]), _tensors(own), _hooks(own), forward))
+    found.modules.append(_Module(attributes, module, kind, dict(own[MODULES]), _tensors(own), _hooks(own), forward))
     remember(found.state, f"{name}.forward".lstrip("."), forward)
     classes.update((base, None) for base in kind.__mro__ if base not in _MANY_BASES)
     ignored = _ignored(module)
@@ -126,9 +133,9 @@ def _walk(module: nn.Module, name: str, found: Fingerprint, classes: dict[type, 
             remember(found.state, f"{name}.{key}" if name else key, value)
             if isinstance(value, nn.Module):
                 _walk(value, f"{name}.{key}" if name else key, found, classes, seen)
-    for what, hook in _hooks_of(own["_forward_hooks"], own["_forward_pre_hooks"]):
+    for what, hook in _hooks_of(own[FORWARD_HOOKS], own[FORWARD_PRE_HOOKS]):
         remember(found.state, f"a {what} of {name or 'the model'}", hook)
-    for key, child in own["_modules"].items():
+    for key, child in own[MODULES].items():
         if child is not None:
             _walk(child, f"{name}.{key}" if name else key, found, classes, seen)
 
@@ -146,7 +153,7 @@ def _called(seen: _Module) -> str:
 def _ignored(module: nn.Module, new: Set[str] = frozenset()) -> frozenset[str]:
     """Attributes of ``module`` that its forward does not read. On a whole model these are also ``new`` ones, notes of
     generate() and of trainers, and methods of transformers' that somebody has put something before."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutNd):
         return _IDLE_ATTRIBUTES | {"p"}  # read in training mode alone, where it is looked at in every call
     if not isinstance(module, PreTrainedModel):
         return _IDLE_ATTRIBUTES
@@ -161,7 +168,7 @@ _METHODS = frozenset(
 def _tensors(own: dict[str, dict]) -> dict[str, tuple]:
     """Where a module's parameters and buffers lie, and how."""
     found = {}
-    for table in (own["_parameters"], own["_buffers"]):
+    for table in (own[PARAMETERS], own[BUFFERS]):
         for name, tensor in table.items():
             if tensor is not None:
                 found[name] = (_address(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.__class__)
@@ -182,7 +189,7 @@ def _changed_tensors(seen: _Module, now: dict[str, tuple]) -> Iterator[str]:
 
 
 def _changed_children(seen: _Module) -> Iterator[str]:
-    now = seen.attributes.live["_modules"]
+    now = seen.attributes.live[MODULES]
     for name in sorted(seen.children.keys() | now.keys()):
         if seen.children.get(name) is not now.get(name):
             yield f"{seen.attributes.name}.{name}".lstrip(".")
@@ -195,14 +202,12 @@ def _hooks_of(*tables: dict[int, Callable]) -> Iterator[tuple[str, Callable]]:
 
 def _hooks(own: dict[str, dict]) -> tuple[tuple[str, int], ...]:
     """Numbers of hooks are never used again."""
-    tables = ("_forward_hooks", "_forward_pre_hooks")
+    tables = FORWARD_HOOKS, FORWARD_PRE_HOOKS
     return tuple((table, number) for table in tables for number, hook in own[table].items() if not is_idle(hook))
 
 
 def _global_hooks() -> tuple[tuple[str, int], ...]:
-    return _hooks(
-        {"_forward_hooks": nn_module._global_forward_hooks, "_forward_pre_hooks": nn_module._global_forward_pre_hooks}
-    )
+    return _hooks(global_hooks())
 
 
 def is_idle(hook: object) -> bool:

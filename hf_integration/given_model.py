@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from spec_compile.errors import ConfigError
 from spec_compile.hf_integration.forward_wrappers import changes_numerics
 from spec_compile.hf_integration.quantized_layers import why_not_captured
+from spec_compile.ops.torch_private import MODULES, ORIGINAL_MODULE
 
 # Modules that hold another one under this name: torch.compile's OptimizedModule; DistributedDataParallel, DataParallel and
 # DeepSpeed's engine; TRL's models with value heads.
-_HOLDERS = ("_orig_mod", "module", "pretrained_model")
+_HOLDERS = (ORIGINAL_MODULE, "module", "pretrained_model")
 
 
 def inside(given: object, name: str) -> str | None:
@@ -36,10 +37,11 @@ def inside(given: object, name: str) -> str | None:
         if hasattr(type(inner), "get_base_model"):  # PEFT; asked of the class, because wrappers pass attributes through
             path, inner = f"{path}.get_base_model()", inner.get_base_model()
             continue
-        held = next((n for n in _HOLDERS if isinstance(inner, nn.Module) and n in inner._modules), None)
+        children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
+        held = next((n for n in _HOLDERS if n in children), None)
         if held is None:
             return None
-        path, inner = f"{path}.{held}", inner._modules[held]
+        path, inner = f"{path}.{held}", children[held]
     return f"a {type(inner).__name__} is inside it: pass {path}. What wraps it keeps working and shares its weights."
 
 
@@ -93,7 +95,7 @@ def _is_a(thing: object, package: str, name: str) -> bool:
 def _active_dora(module: nn.Module) -> list[str]:
     """Names of DoRA adapters that this layer's forward uses (peft/tuners/lora/layer.py): magnitudes beside the matrices."""
     own = module.__dict__
-    magnitudes = own.get("_modules", {}).get("lora_magnitude_vector")
+    magnitudes = own.get(MODULES, {}).get("lora_magnitude_vector")
     if magnitudes is None or own.get("_disable_adapters") or own.get("merged_adapters"):
         return []
     active = own.get("_active_adapter") or []

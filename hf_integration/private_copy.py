@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spec_compile.hf_integration.fingerprint import is_idle
 from spec_compile.hf_integration.forward_wrappers import patched_forward
+from spec_compile.ops.torch_private import FORWARD_HOOKS, FORWARD_PRE_HOOKS
 
 
 def configurations(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -41,7 +42,7 @@ def private_copy(model: PreTrainedModel, *, in_eval_mode: bool = True) -> PreTra
     for twin in twins.values():
         for name, value in twin.__dict__.items():
             twin.__dict__[name] = _moved(value, twins, memo)
-        for table in ("_forward_hooks", "_forward_pre_hooks"):
+        for table in (FORWARD_HOOKS, FORWARD_PRE_HOOKS):
             hooks = twin.__dict__[table]  # of its own by now
             for number in [number for number, hook in hooks.items() if is_idle(hook)]:
                 del hooks[number]

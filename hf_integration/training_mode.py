@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from spec_compile.ops.torch_private import MODULES
 from spec_compile.passes.graph import StageGraph
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -28,7 +29,7 @@ def _walk(module: nn.Module, found: list[int]) -> None:
         found.append(id(module))
         if own.get("gradient_checkpointing"):
             found.append(-1)
-    for child in own["_modules"].values():
+    for child in own[MODULES].values():
         if child is not None:
             _walk(child, found)
 

@@ -28,10 +28,24 @@ CALLED_BY_THE_LOOP = (
 # Attributes of configurations that no forward reads: where one came from, and what the properties without underscore stand on.
 PRIVATE_SETTINGS = (
     "_commit_hash",
+    "_name_or_path",
     "_attn_implementation_internal",
     "_experts_implementation_internal",
     "_output_attentions",
     "_output_hidden_states",
+)
+
+# What transformers leaves on models in calls of generate() and in training, and no forward in eval mode reads.
+PRIVATE_NOTES = (
+    "_compiled_call",
+    "_gradient_checkpointing_func",
+    "_is_hf_initialized",
+    "_last_compile_config",
+    "_loss_function",
+    "_output_capturing_hooks_installed",
+    "_previous_max_cache_length",
+    "_require_grads_hook",
+    "_require_grads_hooks",
 )
 
 

@@ -10,14 +10,22 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
+from torch.nn.modules import module as nn_module
 
 __all__ = [
+    "BUFFERS",
+    "FORWARD_HOOKS",
+    "FORWARD_PRE_HOOKS",
+    "MODULES",
+    "ORIGINAL_MODULE",
+    "PARAMETERS",
+    "DropoutNd",
     "FakeTensorMode",
     "OpOverload",
     "OpOverloadPacket",
@@ -25,13 +33,41 @@ __all__ = [
     "detect_fake_mode",
     "dynamo_switch",
     "forget_traces",
+    "global_hooks",
     "inductor_compile",
     "make_graph_module",
     "mark_dynamic",
+    "python_of",
+    "schema_of",
     "static_shapes",
     "tracing",
     "use_lazy_graph_module",
 ]
+
+# The dictionaries of a module, in its ``__dict__``: torch/nn/modules/module.py.
+PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
+FORWARD_HOOKS, FORWARD_PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+# What torch.compile() of a module calls that module: torch/_dynamo/eval_frame.py.
+ORIGINAL_MODULE = "_orig_mod"
+DropoutNd = nn.modules.dropout._DropoutNd  # nn.Dropout and its kin
+
+
+def global_hooks() -> dict[str, dict[int, Callable]]:
+    """Hooks that were registered for all modules, by the table that a module keeps its own of that kind in."""
+    return {
+        FORWARD_HOOKS: nn_module._global_forward_hooks,
+        FORWARD_PRE_HOOKS: nn_module._global_forward_pre_hooks,
+    }
+
+
+def schema_of(op: OpOverload) -> torch.FunctionSchema:
+    """Arguments of an op, and whether it writes any of them."""
+    return op._schema
+
+
+def python_of(op: torch.library.CustomOpDef) -> Callable:
+    """The function that ``torch.library.custom_op`` made ``op`` of."""
+    return op._init_fn
 
 
 def inductor_compile(gm: torch.fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:

@@ -10,7 +10,7 @@ import operator
 
 from torch import Tensor, fx
 
-from spec_compile.ops.torch_private import OpOverload, OpOverloadPacket
+from spec_compile.ops.torch_private import OpOverload, OpOverloadPacket, schema_of
 
 _ALLOCATIONS = {"new_empty", "new_zeros", "empty", "empty_like", "zeros", "zeros_like"}
 _IN_PLACE_OPERATORS = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
@@ -25,7 +25,7 @@ def has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_function" and isinstance(node.target, OpOverload | OpOverloadPacket):
         op = node.target if isinstance(node.target, OpOverload) else node.target.default
-        return op._schema.is_mutable  # our cache-writing ops
+        return schema_of(op).is_mutable  # our cache-writing ops
     return _is_in_place(node) and not _writes_for_nobody(node)
 
 

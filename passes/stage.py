@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from spec_compile.ops import OPS
+from spec_compile.ops.torch_private import schema_of
 from spec_compile.passes.graph import StageGraph, add_runtime_input, fake, finish, placeholders
 
 _ATTENTION = (OPS.attention, OPS.mla_attention)
@@ -47,7 +48,7 @@ def stage(graph: StageGraph, *, tree: bool = False) -> StageGraph:
 
 
 def _argument_names(op: object) -> list[str]:
-    return [argument.name for argument in op.default._schema.arguments]
+    return [argument.name for argument in schema_of(op.default).arguments]
 
 
 def _pack(graph: StageGraph, nodes: list[fx.Node]) -> None:
@@ -64,7 +65,7 @@ def _pack(graph: StageGraph, nodes: list[fx.Node]) -> None:
                 squeezed.meta["example_value"] = fake(given[name]).squeeze(0)
                 given[name] = squeezed
             # A bare write has no window: it keeps everything, the packed op's default.
-            wanted = [argument for argument in packed.default._schema.arguments if not argument.has_default_value()]
+            wanted = [argument for argument in schema_of(packed.default).arguments if not argument.has_default_value()]
             op = graph.gm.graph.call_function(packed, tuple(given[argument.name] for argument in wanted))
             if fake(node) is not None:  # writes have no value
                 op.meta["example_value"] = fake(node).squeeze(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.hardware import Hardware
-from spec_compile.ops.torch_private import OpOverload
+from spec_compile.ops.torch_private import OpOverload, schema_of
 
 # Name -> module, in no order of preference (that is passes/preference.py). A kernel author's own module may be added here at
 # run time: PROVIDERS["mine"] = "my_package.my_provider", then backend="mine".
@@ -125,7 +125,7 @@ class Lowered:
 
     def row_arguments(self, args: tuple) -> tuple:
         """Those of the generic op's ``args`` that the plan takes."""
-        names = [argument.name for argument in self.op._schema.arguments]
+        names = [argument.name for argument in schema_of(self.op).arguments]
         return tuple(arg for name, arg in zip(names, args, strict=False) if name in ROW_ARGUMENTS)
 
     def __call__(self, *args: object) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
 from spec_compile.ops.providers import AttentionNode, Availability
-from spec_compile.ops.torch_private import OpOverload
+from spec_compile.ops.torch_private import OpOverload, python_of
 
 NAME = "torch"
 
@@ -184,7 +184,7 @@ def attention_torch(
 ) -> Tensor:
     """``attention`` in plain PyTorch."""
     if q.device.type != "cpu":
-        return generic.attention._init_fn(
+        return python_of(generic.attention)(
             q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
         )
     finite = _all_finite(k, v)
@@ -211,7 +211,7 @@ def mla_attention_torch(
 ) -> Tensor:
     """``mla_attention`` in plain PyTorch."""
     if q.device.type != "cpu":
-        return generic.mla_attention._init_fn(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
+        return python_of(generic.mla_attention)(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
     finite = _all_finite(kv)
     if not finite:
         kv = generic.hide_broken_latent(kv, v_dim, kv_cache.dtype)
