@@ -14,10 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts,
 
 import bench_round
 import floors
+import report
+import round_adaptive
 import round_cells
 import round_plots
 import round_report
 import shapes
+
+from spec_compile.errors import RanPlainError
+from spec_compile.runtime.stats import SpecStats
 
 
 def test_budgeted_rounds_come_first_and_every_cell_once() -> None:
@@ -178,6 +183,20 @@ def test_rounds_of_a_recurrent_target_end_to_end(tmp_path: Path, capsys: pytest.
 def test_systems_of_a_shape_have_its_head() -> None:
     assert "ours_mtp" in shapes.systems_of("qwen3.5-4b") and "ours_eagle" not in shapes.systems_of("qwen3.5-4b")
     assert "ours_eagle" in shapes.systems_of("llama-3.1-8b") and "ours_mtp" not in shapes.systems_of("llama-3.1-8b")
+
+
+def test_a_call_that_ran_plain_ends_the_adaptive_grid_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures would be transformers'; the cells beside it are printed first."""
+    with pytest.raises(RanPlainError, match=r"ran as plain transformers: torch\.autocast is on") as told:
+        round_adaptive.figures(SpecStats(mode="plain", plain_because="torch.autocast is on"), 1)
+    row = {"batch": 1, "rate": 0.3, "context": 24, "off": {"error": report.describe(told.value)}}
+    args = report.settings(bench_round.parse(["--shape", "tiny", "--device", "cpu"])) | {"shapes": []}
+    result = {"meta": {**report.environment("cpu"), "random_weights": True}, "args": args, "rows": [], "adaptive": [row]}
+    out = tmp_path / "adaptive.json"
+    report.save(result, out)
+    with pytest.raises(SystemExit, match=r"error: calls that were to be accelerated .*\nRanPlainError: .*autocast is on"):
+        bench_round.main(["--show", str(out)])
+    assert "| 1 | 0.3 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
