@@ -24,12 +24,15 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 CHOICE := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(if $(LATEST),--upgrade --upgrade-strategy eager)
 
-.PHONY: help demo test lint format clean newest
+.PHONY: help demo test check lint types spelling format clean newest
 
 help:
 	@echo "make demo    plain generate() against spec_compile on a small real model"
 	@echo "make test    the test suite"
-	@echo "make lint    ruff check and format check;  make format applies them"
+	@echo "make check   lint, types and spelling:"
+	@echo "  make lint      ruff check and format check;  make format applies them"
+	@echo "  make types     mypy, strict on the public face"
+	@echo "  make spelling  codespell"
 	@echo "make clean   remove .venv and build leftovers"
 
 demo: $(VENV)/.installed
@@ -38,9 +41,20 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+check: lint types spelling
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The four rooms are one package only where it is installed, so the checker reads an installed copy.
+types: $(VENV)/.installed-lint
+	rm -rf build/types
+	$(INSTALL) -q --no-deps --no-build-isolation --target build/types .
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml
+
+spelling: $(VENV)/.installed-lint
+	$(BIN)/codespell
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.loop_methods import replaced_loop_method
@@ -65,7 +66,7 @@ class GenerateCall:
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     generation_config: GenerationConfig
-    streamer: object | None
+    streamer: BaseStreamer | None
 
     @property
     def has_eos(self) -> bool:
@@ -191,7 +192,7 @@ def read_call(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    streamer: object | None,
+    streamer: BaseStreamer | None,
     model_kwargs: dict,
 ) -> GenerateCall:
     """Translate what ``generate()`` prepared into a ``GenerateCall``."""

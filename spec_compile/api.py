@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ def spec_compile(
     draft: str | PreTrainedModel | MtpLayers | None = "ngram",
     backend: str | Mapping[str, str] = "auto",
     config: SpecConfig | None = None,
-    **overrides: object,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Compile ``model`` and its draft, and put a speculative loop behind ``model.generate()``.
 
@@ -90,8 +91,9 @@ def spec_compile(
     device, hardware = _device_of(model)
     with torch.autocast(device.type, enabled=False):
         draft = load_draft(draft, model)
-    if getattr(model, "spec", None) is not None:
-        model.spec.remove()  # compiling again replaces, it does not stack
+    earlier: SpecHandle | None = getattr(model, "spec", None)
+    if earlier is not None:
+        earlier.remove()  # compiling again replaces, it does not stack
 
     options = RuntimeOptions(
         hardware=hardware,
@@ -106,7 +108,7 @@ def spec_compile(
         settle_weights(model)
         source = make_draft(draft, model, config, options)
         target = ModelRunner(model, "verify", options, () if source is None else source.taps)
-    model.spec = SpecHandle(model, Engine(target, source, config))
+    model.spec = SpecHandle(model, Engine(target, source, config))  # type: ignore[assignment]  # modules declare no attributes
     return model
 
 
@@ -122,7 +124,7 @@ def _device_of(model: PreTrainedModel) -> tuple[torch.device, Hardware]:
             f"the model's parameters are on {sorted(devices)}; spec_compile needs all on one device "
             "(load with device_map={'': 0}, or model.to('cuda'))."
         )
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     if device.type == "meta":
         raise ConfigError(
             "the model is on the meta device: its weights have no values. Load them first, with from_pretrained() or "

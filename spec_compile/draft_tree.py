@@ -43,7 +43,7 @@ class DraftTree:
 
 def read_tree(record: RoundRecord | None) -> DraftTree | None:
     """The first row's tree of a round that has run; None without one. Copies from the device."""
-    if record is None or record.tree is None:
+    if record is None or record.tree is None or record.accepted.path is None:
         return None
     tokens, parents = record.window[0].tolist(), record.tree.parents[0].tolist()
     # The window is the N - 1 best candidates, ties to the lower index, in the candidates' order: see ops.tree.build_tree.

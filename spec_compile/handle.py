@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from spec_compile.draft_tree import DraftTree, read_tree
@@ -110,7 +112,7 @@ class SpecHandle:
     def _bound(self) -> bool:
         return self._model.__dict__.get("spec") is self
 
-    def generate_loop(self, model: PreTrainedModel, input_ids: Tensor, **kwargs) -> object:
+    def generate_loop(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> object:
         """The loop as a callable for ``generate(custom_generate=model.spec.generate_loop)``.
 
         transformers hands no streamer to a custom loop; plain ``model.generate(streamer=…)`` does.
@@ -170,12 +172,12 @@ class SpecHandle:
         plain: Callable[..., object],
         given: Mapping[str, object] | None,
         input_ids: Tensor,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer=None,
-        **model_kwargs,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
     ) -> object:
         def run_plain() -> object:
             return plain(
@@ -240,7 +242,8 @@ class SpecHandle:
         sequences = transcript.sequences()
         if not call.generation_config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, scores=generated.scores, logits=generated.logits)
+        fields: dict[str, Any] = {"sequences": sequences, "scores": generated.scores, "logits": generated.logits}
+        return GenerateDecoderOnlyOutput(**fields)
 
 
 class _Switch:

@@ -56,7 +56,7 @@ def run_call(engine: Engine, transcript: Transcript) -> Generated:
         lengths, drafted = _run_rounds(engine, request, transcript, timing)
     if call.streamer is not None:
         with transcript.away():
-            call.streamer.end()
+            call.streamer.end()  # type: ignore[no-untyped-call]
     total = time.perf_counter() - started - (engine.compile_seconds - compiled_before)
     return Generated(_figures(engine, transcript, lengths, drafted, timing, total), scores, logits)
 
