@@ -238,7 +238,7 @@ def test_a_block_is_captured_with_one_attention_op_a_layer():
         pass
 
     def backend(gm, example_inputs):
-        graphs.append(gm)
+        graphs.append([str(node.target) for node in gm.graph.nodes])  # torch 2.15 clears the graph when this raises
         raise Stop
 
     ids, positions = head.block(torch.tensor([4, 5])), torch.arange(BLOCK).expand(2, -1)
@@ -249,5 +249,5 @@ def test_a_block_is_captured_with_one_attention_op_a_layer():
 
         with pytest.raises(BackendCompilerFailed, match="Stop"):
             torch.compile(forward, backend=backend, fullgraph=True)(ids, positions)
-    ops = [node for node in graphs[0].graph.nodes if "spec_compile.attention" in str(node.target)]
-    assert len(graphs) == 1 and len(ops) == 3
+    (targets,) = graphs
+    assert sum("spec_compile.attention" in target for target in targets) == 3
