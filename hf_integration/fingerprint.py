@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -77,7 +78,7 @@ def fingerprint(model: nn.Module, bound: frozenset[int] = frozenset()) -> Finger
     seen: set[int] = set()
     _walk(model, "", found, classes, seen)
     for cls in classes:
-        members = {name: value for name, value in vars(cls).items() if _is_code(name, value)}
+        members = _members(cls)
         found.classes.append((cls, members))
         for name, value in members.items():
             remember(found.state, f"{cls.__name__}.{name}", _function(value))
@@ -113,8 +114,10 @@ def what_changed(before: Fingerprint) -> Iterator[str]:
     if before.global_hooks != _global_hooks():
         yield "forward hooks of all modules"
     for cls, members in before.classes:
-        now = vars(cls)
-        yield from (f"{cls.__name__}.{name}" for name, value in members.items() if now.get(name) is not value)
+        now = _members(cls)
+        if now.keys() != members.keys() or any(now[name] is not value for name, value in members.items()):
+            changed = (name for name in sorted(now.keys() | members.keys()) if now.get(name) is not members.get(name))
+            yield from (f"{cls.__name__}.{name}" for name in changed)
     yield from differences(before.state, _IDLE_SETTINGS)
 
 
@@ -221,11 +224,20 @@ def is_idle(hook: object) -> bool:
     )
 
 
-def _is_code(name: str, value: object) -> bool:
-    """Whether a member of a class is code that a forward may run, or a number that it may read."""
-    if name.startswith("__") and name != "__call__":
-        return False
-    return isinstance(value, types.FunctionType | staticmethod | classmethod | property | bool | int | float | str)
+def _members(cls: type) -> dict[str, object]:
+    """Members of a class that a forward may run or read."""
+    return {name: value for name, value in vars(cls).items() if isinstance(value, _READ) and _is_public_or_code(name, value)}
+
+
+_CODE = (types.FunctionType, staticmethod, classmethod, property)
+_READ = (*_CODE, bool, int, float, str, torch.dtype, list, tuple, dict, set)
+
+
+def _is_public_or_code(name: str, value: object) -> bool:
+    """False for Python's own names, and for the private tables that transformers keeps on its classes and changes."""
+    if name.startswith("__"):
+        return name == "__call__"
+    return not name.startswith("_") or not isinstance(value, list | tuple | dict | set)
 
 
 def _function(member: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
 def model() -> PreTrainedModel:
     """Compiled, with hooks whose coefficients stand in a closure, in a callable object and in a global."""
     model = tiny_model("llama")
+    model.lm_head.__class__ = Scaled
     model.model.layers[0].mlp.register_forward_hook(_steered(STATE))
     model.model.layers[0].mlp.register_forward_hook(Steering())
     model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] + strength * PUSH,))
@@ -98,6 +100,31 @@ def _method(model: PreTrainedModel) -> Callable[[], None]:
     return _attribute(modeling_llama.LlamaMLP, "forward", lambda self, x: -before(self, x))
 
 
+def _new_method(model: PreTrainedModel) -> Callable[[], None]:
+    """What the class only inherited until now."""
+    modeling_llama.LlamaMLP.__call__ = lambda self, x: -nn.Module.__call__(self, x)
+    return lambda: delattr(modeling_llama.LlamaMLP, "__call__")
+
+
+class Scaled(nn.Linear):
+    """Reads a table and a type of its class."""
+
+    factors: ClassVar[list[float]] = [1.0]
+    kind = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self.kind).float() * self.factors[0]
+
+
+def _class_table(model: PreTrainedModel) -> Callable[[], None]:
+    Scaled.factors[0] = -1.0
+    return lambda: Scaled.factors.__setitem__(0, 1.0)
+
+
+def _class_type(model: PreTrainedModel) -> Callable[[], None]:
+    return _attribute(Scaled, "kind", torch.int32)
+
+
 def _global_hook(model: PreTrainedModel) -> Callable[[], None]:
     return nn.modules.module.register_module_forward_hook(
         lambda module, args, out: -out if isinstance(module, nn.Linear) else None
@@ -111,7 +138,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], Callable[[], None]]] = {
     "model.layers.0.input_layernorm.variance_epsilon": lambda m: _attribute(
         m.model.layers[0].input_layernorm, "variance_epsilon", 3.0
     ),
-    "lm_head (of class Negated, was Linear)": lambda m: _attribute(m.lm_head, "__class__", Negated),
+    "lm_head (of class Negated, was Scaled)": lambda m: _attribute(m.lm_head, "__class__", Negated),
     "model.layers.1.mlp.act_fn": lambda m: _attribute(m.model.layers[1].mlp, "act_fn", nn.Tanh()),
     "state in a forward hook of model.layers.0.mlp": lambda m: _entry(STATE, "strength", 0.9),
     "a forward hook of model.layers.0.mlp.coefficient (0.9, was 0.0)": lambda m: _attribute(
@@ -120,6 +147,9 @@ CHANGES: dict[str, Callable[[PreTrainedModel], Callable[[], None]]] = {
     "strength in test_model_changes": _global,
     "apply_rotary_pos_emb in transformers.models.llama": _helper,
     "LlamaMLP.forward": _method,
+    "LlamaMLP.__call__": _new_method,
+    "Scaled.factors": _class_table,
+    "Scaled.kind": _class_type,
     "forward hooks of all modules": _global_hook,
 }
 
