@@ -275,7 +275,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-next", "qwen3.5-27b"])
-    parser.add_argument("--providers", nargs="+", choices=providers.DELTA_PROVIDERS, default=["triton", "flashinfer", "fla"])
+    parser.add_argument(
+        "--providers", nargs="+", choices=providers.REGISTRY[DeltaNode.FAMILY], default=["triton", "flashinfer", "fla"]
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is timed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4, 8, 2, 16], help="of a window")

@@ -32,7 +32,7 @@ from spec_compile.errors import SpecCompileError
 from spec_compile.hardware import detect_hardware
 from spec_compile.ops import providers
 from spec_compile.passes.graph import fake
-from spec_compile.passes.select_backend import provided_nodes
+from spec_compile.passes.node_description import provided_nodes
 from spec_compile.runtime.model_runner import ModelRunner
 from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler, StageProgram

@@ -32,11 +32,13 @@ __all__ = [
     "TracingContext",
     "detect_fake_mode",
     "dynamo_switch",
+    "fake_of",
     "forget_traces",
     "global_hooks",
     "inductor_compile",
     "make_graph_module",
     "mark_dynamic",
+    "overload_of",
     "python_of",
     "schema_of",
     "static_shapes",
@@ -68,6 +70,16 @@ def schema_of(op: OpOverload) -> torch.FunctionSchema:
 def python_of(op: torch.library.CustomOpDef) -> Callable:
     """The function that ``torch.library.custom_op`` made ``op`` of."""
     return op._init_fn
+
+
+def fake_of(op: torch.library.CustomOpDef) -> Callable:
+    """The function that was given to ``op.register_fake``."""
+    return op._abstract_fn
+
+
+def overload_of(op: torch.library.CustomOpDef) -> OpOverload:
+    """What ``torch.ops`` has of ``op``."""
+    return op._opoverload
 
 
 def inductor_compile(gm: torch.fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:

@@ -1,6 +1,6 @@
 """FX passes, one a file, each usable alone: a ``StageGraph`` goes in, a ``StageGraph`` comes out.
 
-``graph`` (the form), ``stage``, ``narrow_logits``, ``fuse_linears``, ``partition``, ``select_backend`` (with its table in
-``preference``), ``lower``; ``pipeline`` lists them in order. ``SPEC_COMPILE_LOGS=passes`` prints what each did, ``+passes``
-its graph too.
+``graph`` is the form, ``pipeline`` lists the passes in order. ``select_backend`` has its table in ``preference``, what the user
+may say in ``backend_option``, and what it knows of a node in ``node_description`` (in words: ``node_words``).
+``SPEC_COMPILE_LOGS=passes`` prints what each pass did, ``+passes`` its graph too.
 """

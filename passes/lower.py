@@ -15,7 +15,7 @@ from spec_compile.ops import providers
 from spec_compile.ops.providers import Lowered
 from spec_compile.ops.torch_private import detect_fake_mode
 from spec_compile.passes.graph import StageGraph, fake, finish
-from spec_compile.passes.select_backend import provided_nodes
+from spec_compile.passes.node_description import provided_nodes
 
 Plans = dict[tuple, tuple[fx.Node, ...]]  # (plan op, row arguments, constants) -> the nodes of its outputs
 

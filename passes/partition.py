@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
 from spec_compile.passes.graph import StageGraph, fake, lazy_code, placeholders
-from spec_compile.passes.select_backend import needs_provider
+from spec_compile.passes.node_description import needs_provider
 
 _WRITES = tuple(
     getattr(torch.ops.spec_compile, name) for name in ("kv_write", "kv_write_packed", "conv_verify", "conv_prefill")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from spec_compile.hardware import Hardware
+from spec_compile.passes.backend_option import Backend
 from spec_compile.passes.fold_gates import fold_gates
 from spec_compile.passes.fuse_linears import fuse_linears
 from spec_compile.passes.graph import StageGraph, finish
@@ -16,7 +17,7 @@ from spec_compile.passes.lower import lower
 from spec_compile.passes.narrow_logits import narrow_logits
 from spec_compile.passes.partition import partition
 from spec_compile.passes.ring_tables import ring_tables
-from spec_compile.passes.select_backend import Backend, Choice, Tuner, select_backend
+from spec_compile.passes.select_backend import Choice, Tuner, select_backend
 from spec_compile.passes.stage import stage
 from spec_compile.passes.tap_hidden_states import tap_hidden_states
 

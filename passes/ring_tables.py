@@ -12,7 +12,7 @@ from torch import fx
 
 from spec_compile.ops.page_table import ring_pages
 from spec_compile.passes.graph import StageGraph, fake
-from spec_compile.passes.select_backend import provided_nodes
+from spec_compile.passes.node_description import provided_nodes
 
 _WINDOWED = ("attention", "prefill_attention")
 _PAGE_TABLE, _WINDOW = 5, -3  # positions among their arguments

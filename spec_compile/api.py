@@ -18,7 +18,7 @@ from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.hf_integration.given_model import check_placement, inside
 from spec_compile.hf_integration.heads.mtp import MtpLayers
 from spec_compile.hf_integration.quantized_layers import check_quantized, settle_weights
-from spec_compile.passes.select_backend import check_backend, check_draft_stages
+from spec_compile.passes.backend_option import check_backend, check_draft_stages
 from spec_compile.runtime import kv_pool
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.model_runner import ModelRunner

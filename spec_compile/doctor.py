@@ -187,7 +187,7 @@ def _delta_providers(hardware: Hardware) -> list[Check]:
     from spec_compile.support_matrix import DELTA_MODES, delta_refusals, providers
 
     checks = []
-    for name in providers.DELTA_PROVIDERS:
+    for name in providers.REGISTRY["gated_delta_rule"]:
         try:
             refusals = delta_refusals(name, hardware)
             availability = providers.load_for(DELTA_MODES["prefill"], name).probe()

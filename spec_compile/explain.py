@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spec_compile.config import RoundShape
-from spec_compile.passes.select_backend import Choice, needs, span
+from spec_compile.passes.node_words import needs, span
+from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.programs import Programs
 

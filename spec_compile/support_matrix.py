@@ -211,7 +211,7 @@ def _delta_section() -> list[str]:
     lines += ["the cells below are for 16 key and 32 value heads of 128 dims in bfloat16, windows of 4.", ""]
     lines += ["| hardware | stages | order | why |", "|---|---|---|---|", *map(_order, DELTA_RULES), ""]
     lines += [f"| | {' | '.join(device.arch for device in DEVICES)} |", "|---" * (len(DEVICES) + 1) + "|"]
-    for name in providers.DELTA_PROVIDERS:
+    for name in providers.REGISTRY[DeltaNode.FAMILY]:
         refused = [delta_refusals(name, device) for device in DEVICES]
         cells = [_where([mode for mode in DELTA_MODES if mode not in reasons], list(DELTA_MODES)) for reasons in refused]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

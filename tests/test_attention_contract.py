@@ -149,9 +149,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_breaks_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, faulty = FAULTS[name]
-    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: attend))
+    monkeypatch.setattr(providers, "load", lambda *_: SimpleNamespace(lower=lambda node: attend))
     check("sound", case, torch.bfloat16, "cpu")  # what the fault is planted in keeps the contract
-    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: faulty))
+    monkeypatch.setattr(providers, "load", lambda *_: SimpleNamespace(lower=lambda node: faulty))
     with pytest.raises(AssertionError):
         check("faulty", case, torch.bfloat16, "cpu")
 
@@ -164,7 +164,7 @@ def test_an_unquantised_window_breaks_it(monkeypatch: pytest.MonkeyPatch) -> Non
         return attend(q, k, v, k_cache.to(q.dtype), v_cache.to(q.dtype), *rest)
 
     case = Case((3, 0), 8, (4, 2), (32, 32))
-    monkeypatch.setattr(providers, "load", lambda _: SimpleNamespace(lower=lambda node: attends_to_its_input))
+    monkeypatch.setattr(providers, "load", lambda *_: SimpleNamespace(lower=lambda node: attends_to_its_input))
     with pytest.raises(AssertionError, match="errors"):
         check("faulty", case, torch.bfloat16, "cpu", FP8)
 

@@ -310,7 +310,7 @@ def test_doctor_survives_a_provider_that_cannot_be_probed(monkeypatch):
         def supports(self, node, hardware):
             return None
 
-    def load(name: str):
+    def load(name: str, *_: str):
         if name == "torch":
             raise OSError("libfoo.so.3: cannot open shared object file")
         return Missing()

@@ -167,7 +167,7 @@ class Asked:
 
 def test_a_larger_pool_has_kernels_chosen_anew(monkeypatch: pytest.MonkeyPatch):
     asked = Asked()
-    monkeypatch.setattr(providers, "load", lambda name: asked)
+    monkeypatch.setattr(providers, "load", lambda *_: asked)
     grown = runner(Hardware("nvidia", "sm90", 1, "a GPU in name"))
     assert [n.max_context for n in asked.lowered] == [None] and asked.warmed == [], "there is no pool to choose for yet"
     segments = []

@@ -95,7 +95,7 @@ def test_each_node_gets_its_own_provider(monkeypatch: pytest.MonkeyPatch):
         "torch": stub(ops.mla_attention_torch.default, lambda node: None),  # any op will do: nothing runs
     }
     nobody = stub(None, lambda node: "not this one")
-    monkeypatch.setattr(providers, "load", lambda name: stubs.get(name, nobody))
+    monkeypatch.setattr(providers, "load", lambda name, *_: stubs.get(name, nobody))
     graph = graph_of(False, "verify")
     select_backend(graph, H200, "auto", 64)
     assert names(lower(graph)) == ["attention_torch", "mul", "mla_attention_torch"]

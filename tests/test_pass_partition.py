@@ -14,8 +14,9 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops.providers import torch_sdpa
 from spec_compile.passes.graph import CacheSlot, StageGraph, placeholders
 from spec_compile.passes.lower import lower
+from spec_compile.passes.node_description import describe
 from spec_compile.passes.partition import partition, segment_key
-from spec_compile.passes.select_backend import describe, select_backend
+from spec_compile.passes.select_backend import select_backend
 
 CPU = Hardware("cpu", "cpu", 4, "CPU")
 HEADS, DIM = 2, 4

@@ -16,9 +16,11 @@ from spec_compile.hardware import Hardware
 from spec_compile.ops import providers
 from spec_compile.ops.providers import AttentionNode, Availability
 from spec_compile.passes import preference
+from spec_compile.passes.backend_option import check_backend, wanted
 from spec_compile.passes.graph import CacheSlot, StageGraph
+from spec_compile.passes.node_words import needs, span
 from spec_compile.passes.preference import RULES, STAGES, Rule, rule_for
-from spec_compile.passes.select_backend import Measured, check_backend, needs, select_backend, span, wanted
+from spec_compile.passes.select_backend import Measured, select_backend
 from spec_compile.passes.stage import stage
 
 CPU = Hardware("cpu", "cpu", 4, "CPU")
@@ -49,7 +51,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, StubProvider]:
     table = (Rule(("cpu",), STAGES, ("torch",), "a CPU"), Rule(("sm90",), STAGES, ("triton", "flashinfer", "torch"), "by hand"))
     monkeypatch.setattr(preference, "RULES", table)
     made = {name: StubProvider() for name in providers.PROVIDERS}
-    monkeypatch.setattr(providers, "load", made.__getitem__)
+    monkeypatch.setattr(providers, "load", lambda name, *_: made[name])
     return made
 
 

@@ -79,7 +79,7 @@ def picky(node: AttentionNode, hardware: Hardware) -> str | None:
 @pytest.fixture
 def one_provider(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     made = SimpleNamespace(supports=picky, probe=lambda: Availability("1"))
-    monkeypatch.setattr(providers, "load", lambda name: made)
+    monkeypatch.setattr(providers, "load", lambda *_: made)
     return made
 
 
@@ -130,7 +130,7 @@ def test_doctor_says_who_runs_delta_rules(device: Hardware, monkeypatch: pytest.
     monkeypatch.setattr(providers.load_for(support_matrix.DELTA_MODES["prefill"], "fla"), "probe", lambda: absent)
     monkeypatch.setattr(doctor, "_main_device", lambda: device)
     rules = {check.name: check for check in doctor.examine() if check.group == "Gated delta nets"}
-    assert set(rules) == set(providers.DELTA_PROVIDERS)
+    assert set(rules) == set(providers.REGISTRY["gated_delta_rule"])
     fla = rules["fla"]
     assert fla.status == "optional"
     if device.is_cuda:
@@ -144,7 +144,7 @@ def test_doctor_tells_what_is_missing_from_what_is_of_no_use(monkeypatch: pytest
     """The command that installs stands where it would help, and only there."""
     absent = Availability(None, "not installed: pip install it")
     made = SimpleNamespace(supports=lambda node, hardware: "no GPU" if hardware.arch == "cpu" else None, probe=lambda: absent)
-    monkeypatch.setattr(providers, "load", lambda name: made)
+    monkeypatch.setattr(providers, "load", lambda *_: made)
     for check in doctors_report(H200, monkeypatch).values():
         assert check.status == "optional" and check.detail.startswith("not installed: pip install it; on sm90: prefill, chain,")
     for check in doctors_report(Hardware("cpu", "cpu", 1, "CPU"), monkeypatch).values():

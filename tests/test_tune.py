@@ -110,7 +110,7 @@ def test_other_versions_are_timed_anew(path: Path, what: str, monkeypatch: pytes
     else:
         real = providers.load
         newer = SimpleNamespace(probe=lambda: Availability("99.0"))
-        monkeypatch.setattr(providers, "load", lambda name: newer if name == "triton" else real(name))
+        monkeypatch.setattr(providers, "load", lambda name, *_: newer if name == "triton" else real(name, *_))
     fresh = tuner(path)
     fresh(NODE, ("triton", "torch"))
     assert len(fresh.time_candidate.asked) == 2
@@ -246,7 +246,7 @@ def test_a_layers_time_is_the_graphs_divided_by_its_layers_with_one_plan(small_d
             assert len(args) == 14 and args[-1].item() == 1
 
     provider = SimpleNamespace(warm_up=lambda node, device: calls.append("warm"), lower=lambda node: Lowered(Op(), plan, (7,)))
-    monkeypatch.setattr(providers, "load", lambda name: provider)
+    monkeypatch.setattr(providers, "load", lambda *_: provider)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     clocks = {"graph": 0, "eager": 0}
 

@@ -12,7 +12,7 @@ import torch
 
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
-from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops.providers.contract import AttentionNode, Availability
 from spec_compile.ops.torch_private import OpOverload
 
 NAME = "aiter"

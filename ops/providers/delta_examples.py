@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spec_compile.ops.providers import DeltaNode
+from spec_compile.ops.providers.contract import DeltaNode
 from spec_compile.ops.providers.examples import chain_mask
 
 STATE_PLACES = {"gdn_verify": (7, 8, 9), "gdn_prefill": (7,)}  # of what a layer has for itself: states and windows

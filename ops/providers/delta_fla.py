@@ -37,9 +37,12 @@ import torch
 from torch import Tensor
 
 from spec_compile.hardware import Hardware
-from spec_compile.ops.providers import Availability, DeltaNode, Lowered, delta_triton
+from spec_compile.ops import linear_attention as generic
+from spec_compile.ops.providers import delta_triton
+from spec_compile.ops.providers.contract import Availability, DeltaNode
 from spec_compile.ops.providers.delta_examples import example_arguments
 from spec_compile.ops.providers.flashinfer import release
+from spec_compile.ops.providers.lowered import Lowered, lowered_op
 
 NAME = "fla"
 
@@ -110,21 +113,7 @@ def gdn_prefill_rows_fake(cu_seqlens) -> Tensor:
     return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("spec_compile::gdn_prefill_fla", mutates_args=("state",))
-def gdn_prefill_fla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    state_slot: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    rows: Tensor,
-) -> Tensor:
+def _gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, rows) -> Tensor:
     """``spec_compile::gdn_prefill``; same arguments and result.
 
     Args:
@@ -146,6 +135,4 @@ def gdn_prefill_fla(
     return out[0]
 
 
-@gdn_prefill_fla.register_fake
-def gdn_prefill_fla_fake(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, rows) -> Tensor:
-    return q.new_empty(v.shape)
+gdn_prefill_fla = lowered_op(generic.gdn_prefill, "fla", _gdn_prefill, extra=("rows",))

@@ -35,9 +35,10 @@ from torch import Tensor
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as generic
-from spec_compile.ops.providers import Availability, DeltaNode
 from spec_compile.ops.providers import flashinfer as attention
+from spec_compile.ops.providers.contract import Availability, DeltaNode
 from spec_compile.ops.providers.delta_examples import example_arguments
+from spec_compile.ops.providers.lowered import lowered_op
 from spec_compile.ops.torch_private import OpOverload
 
 NAME = "flashinfer"
@@ -127,22 +128,9 @@ def warm_up(node: DeltaNode, device: torch.device) -> None:
 # The op
 
 
-@torch.library.custom_op("spec_compile::gdn_verify_flashinfer", mutates_args=("kv_window", "gate_window"))
-def gdn_verify_flashinfer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    kv_window: Tensor,
-    gate_window: Tensor,
-    state_slot: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _gdn_verify(
+    q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, tree_mask, scale
+) -> Tensor:  # fmt: skip
     """``spec_compile::gdn_verify``; same arguments and result.
 
     Raises:
@@ -172,7 +160,7 @@ def gdn_verify_flashinfer(
     return out.flatten(0, 1)[: shape[0] * shape[1]].view(shape)
 
 
-gdn_verify_flashinfer.register_fake(generic.gdn_verify_fake)
+gdn_verify_flashinfer = lowered_op(generic.gdn_verify, "flashinfer", _gdn_verify)
 
 
 def _aligned(x: Tensor) -> Tensor:

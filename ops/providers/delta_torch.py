@@ -6,7 +6,8 @@ import torch
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as generic
-from spec_compile.ops.providers import Availability, DeltaNode
+from spec_compile.ops.providers.contract import Availability, DeltaNode
+from spec_compile.ops.providers.lowered import lowered_op
 from spec_compile.ops.torch_private import OpOverload
 
 NAME = "torch"
@@ -30,8 +31,5 @@ def warm_up(node: DeltaNode, device: torch.device) -> None:
     pass
 
 
-_WINDOWS = ("kv_window", "gate_window")
-gdn_verify = torch.library.custom_op("spec_compile::gdn_verify_torch", generic.verify_reference, mutates_args=_WINDOWS)
-gdn_prefill = torch.library.custom_op("spec_compile::gdn_prefill_torch", generic.prefill_reference, mutates_args=("state",))
-gdn_verify.register_fake(generic.gdn_verify_fake)
-gdn_prefill.register_fake(generic.gdn_prefill_fake)
+gdn_verify_torch = lowered_op(generic.gdn_verify, "torch", generic.verify_reference)
+gdn_prefill_torch = lowered_op(generic.gdn_prefill, "torch", generic.prefill_reference)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import linear_attention as generic
-from spec_compile.ops.providers import Availability, DeltaNode
+from spec_compile.ops.providers.contract import Availability, DeltaNode
 from spec_compile.ops.providers.delta_examples import example_arguments
+from spec_compile.ops.providers.lowered import lowered_op
 from spec_compile.ops.providers.triton import device_limits, shared_memory
 from spec_compile.ops.torch_private import OpOverload
 
@@ -71,50 +72,20 @@ def warm_up(node: DeltaNode, device: torch.device) -> None:
     lower(node)(*example_arguments(node, device))
 
 
-@torch.library.custom_op("spec_compile::gdn_verify_triton", mutates_args=("kv_window", "gate_window"))
-def gdn_verify_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    kv_window: Tensor,
-    gate_window: Tensor,
-    state_slot: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _gdn_verify(*args) -> Tensor:
     """``spec_compile::gdn_verify``; same arguments and result."""
     from spec_compile.ops.kernels import gdn
 
-    return gdn.gdn_verify(
-        q, k, v, a, b, A_log, dt_bias, state, kv_window, gate_window, state_slot, tree_mask, scale
-    )  # fmt: skip
+    return gdn.gdn_verify(*args)
 
 
-@torch.library.custom_op("spec_compile::gdn_prefill_triton", mutates_args=("state",))
-def gdn_prefill_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    state_slot: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-) -> Tensor:
+def _gdn_prefill(q: Tensor, *others) -> Tensor:
     """``spec_compile::gdn_prefill``; same arguments and result."""
     from spec_compile.ops.kernels import gdn_prefill
 
     chunk = most_tokens(device_limits(q.device)[1], q.shape[-1])
-    return gdn_prefill.gdn_prefill(q, k, v, a, b, A_log, dt_bias, state, state_slot, cu_seqlens, scale, chunk=chunk)
+    return gdn_prefill.gdn_prefill(q, *others, chunk=chunk)
 
 
-gdn_verify_triton.register_fake(generic.gdn_verify_fake)
-gdn_prefill_triton.register_fake(generic.gdn_prefill_fake)
+gdn_verify_triton = lowered_op(generic.gdn_verify, "triton", _gdn_verify)
+gdn_prefill_triton = lowered_op(generic.gdn_prefill, "triton", _gdn_prefill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spec_compile.ops.providers import AttentionNode
+from spec_compile.ops.providers.contract import AttentionNode
 
 PROMPT_TOKENS = 16
 CACHE_PLACES = {"attention": (3, 4), "prefill_attention": (3, 4), "mla_attention": (2,), "mla_prefill_attention": (2,)}

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from spec_compile.cache_dir import cache_dir
 from spec_compile.hardware import Hardware, detect_hardware
+from spec_compile.ops import attention as generic
 from spec_compile.ops import cascade
-from spec_compile.ops.attention import attention_fake, prefill_attention_fake
 from spec_compile.ops.kv_cache import kv_write_packed
-from spec_compile.ops.providers import AttentionNode, Availability, Lowered
+from spec_compile.ops.providers.contract import AttentionNode, Availability
 from spec_compile.ops.providers.examples import example_arguments
+from spec_compile.ops.providers.lowered import Lowered, lowered_op
 from spec_compile.ops.torch_private import OpOverload
 
 NAME = "fa4"
@@ -235,22 +236,8 @@ def _splits(page_table: Tensor, num_kv_heads: int, rows: int, page_size: int, wi
 # The lowered ops
 
 
-@torch.library.custom_op("spec_compile::attention_fa4", mutates_args=("k_cache", "v_cache"))
-def attention_fa4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    folded_table: Tensor,
-    folded_len: Tensor,
+def _attention(
+    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, folded_table, folded_len
 ) -> Tensor:
     """``attention`` as a cascade: FA4 over the folded bulk of the prefix, one Triton kernel for the rest.
 
@@ -275,11 +262,7 @@ def attention_fa4(
     )  # fmt: skip
 
 
-@attention_fa4.register_fake
-def attention_fa4_fake(
-    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, folded_table, folded_len
-) -> Tensor:
-    return attention_fake(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks)
+attention_fa4 = lowered_op(generic.attention, "fa4", _attention, extra=("folded_table", "folded_len"))
 
 
 def bulk_attention(
@@ -313,20 +296,7 @@ def bulk_attention(
     return out, lse
 
 
-@torch.library.custom_op("spec_compile::prefill_attention_fa4", mutates_args=("k_cache", "v_cache"))
-def prefill_attention_fa4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _prefill_attention(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks) -> Tensor:
     """``prefill_attention``: one launch fills the pages, FA4 attends to the packed prompts."""
     kv_write_packed(k, v, k_cache, v_cache, page_table, cu_seqlens, window)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -341,4 +311,4 @@ def prefill_attention_fa4(
     return out
 
 
-prefill_attention_fa4.register_fake(prefill_attention_fake)
+prefill_attention_fa4 = lowered_op(generic.prefill_attention, "fa4", _prefill_attention)

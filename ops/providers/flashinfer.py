@@ -24,8 +24,9 @@ from torch import Tensor
 from spec_compile.errors import BackendError
 from spec_compile.hardware import Hardware, detect_hardware
 from spec_compile.ops import attention as generic
-from spec_compile.ops.providers import AttentionNode, Availability, Lowered
+from spec_compile.ops.providers.contract import AttentionNode, Availability
 from spec_compile.ops.providers.examples import example_arguments
+from spec_compile.ops.providers.lowered import Lowered, lowered_op
 
 NAME = "flashinfer"
 
@@ -228,22 +229,8 @@ def attention_plan_flashinfer_cuda(page_table, cache_len, tree_mask, num_tokens,
 # Windows: the op
 
 
-@torch.library.custom_op("spec_compile::attention_flashinfer", mutates_args=("k_cache", "v_cache"))
-def attention_flashinfer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    seq_lens: Tensor,
-    mask: Tensor,
+def _attention(
+    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, seq_lens, mask
 ) -> Tensor:
     """``spec_compile::attention``; same arguments and result, behind them the outputs of ``attention_plan_flashinfer``.
 
@@ -270,11 +257,7 @@ def attention_flashinfer(
     return out
 
 
-@attention_flashinfer.register_fake
-def attention_flashinfer_fake(
-    q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, seq_lens, mask
-) -> Tensor:
-    return q.new_empty(q.shape)
+attention_flashinfer = lowered_op(generic.attention, "flashinfer", _attention, extra=("seq_lens", "mask"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,21 +275,7 @@ def prefill_plan_flashinfer_fake(page_table, cu_seqlens) -> Tensor:
     return torch.empty_like(cu_seqlens, device="cpu")
 
 
-@torch.library.custom_op("spec_compile::prefill_attention_flashinfer", mutates_args=("k_cache", "v_cache"))
-def prefill_attention_flashinfer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    lengths: Tensor,
-) -> Tensor:
+def _prefill_attention(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks, lengths) -> Tensor:
     """``spec_compile::prefill_attention``; same arguments and result, behind them what ``prefill_plan_flashinfer`` returned.
 
     Sinks are no part of FlashInfer's kernel: they take their share of each row's weight afterwards, by its log-sum-exp.
@@ -320,8 +289,4 @@ def prefill_attention_flashinfer(
     return out if sinks is None else out.mul_(torch.sigmoid(lse - sinks.float())[..., None])
 
 
-@prefill_attention_flashinfer.register_fake
-def prefill_attention_flashinfer_fake(
-    q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks, lengths
-) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+prefill_attention_flashinfer = lowered_op(generic.prefill_attention, "flashinfer", _prefill_attention, extra=("lengths",))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from spec_compile.hardware import Hardware
 from spec_compile.ops import attention as generic
-from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops.providers.contract import AttentionNode, Availability
+from spec_compile.ops.providers.lowered import lowered_op
 from spec_compile.ops.torch_private import OpOverload, python_of
 
 NAME = "torch"
@@ -167,26 +168,11 @@ def _all_finite(*tensors: Tensor) -> bool:
 # The lowered ops
 
 
-@torch.library.custom_op("spec_compile::attention_torch", mutates_args=("k_cache", "v_cache"))
-def attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attention(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks) -> Tensor:
     """``attention`` in plain PyTorch."""
     if q.device.type != "cpu":
-        return python_of(generic.attention)(
-            q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks
-        )
+        reference = python_of(generic.attention)
+        return reference(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks)
     finite = _all_finite(k, v)
     if not finite:
         k, v = generic.hide_broken(k, v, v_cache.dtype)
@@ -195,20 +181,10 @@ def attention_torch(
     return _attend_rows(q, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, finite)
 
 
-attention_torch.register_fake(generic.attention_fake)
+attention_torch = lowered_op(generic.attention, "torch", _attention)
 
 
-@torch.library.custom_op("spec_compile::mla_attention_torch", mutates_args=("kv_cache",))
-def mla_attention_torch(
-    q: Tensor,
-    kv: Tensor,
-    kv_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    v_dim: int,
-) -> Tensor:
+def _mla_attention(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim) -> Tensor:
     """``mla_attention`` in plain PyTorch."""
     if q.device.type != "cpu":
         return python_of(generic.mla_attention)(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim)
@@ -221,7 +197,7 @@ def mla_attention_torch(
     return _attend_rows(q, latent, values, page_table, cache_len, tree_mask, scale, 0, 0.0, None, finite).contiguous()
 
 
-mla_attention_torch.register_fake(generic.mla_attention_fake)
+mla_attention_torch = lowered_op(generic.mla_attention, "torch", _mla_attention)
 
 
 def _short_prompts(bounds: list[int], window: int) -> bool:
@@ -286,20 +262,7 @@ def _attend_prompts(
     return out
 
 
-@torch.library.custom_op("spec_compile::prefill_attention_torch", mutates_args=("k_cache", "v_cache"))
-def prefill_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _prefill_attention(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks) -> Tensor:
     """``prefill_attention`` in plain PyTorch; prompt by prompt on any device (reads ``cu_seqlens`` on the host)."""
     generic.write_packed(k, k_cache, page_table, cu_seqlens, window)
     generic.write_packed(v, v_cache, page_table, cu_seqlens, window)
@@ -310,17 +273,14 @@ def prefill_attention_torch(
     return _attend_prompts(q, k, v, cu_seqlens, scale, window, softcap, sinks)
 
 
-prefill_attention_torch.register_fake(generic.prefill_attention_fake)
+prefill_attention_torch = lowered_op(generic.prefill_attention, "torch", _prefill_attention)
 
 
-@torch.library.custom_op("spec_compile::mla_prefill_attention_torch", mutates_args=("kv_cache",))
-def mla_prefill_attention_torch(
-    q: Tensor, kv: Tensor, kv_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, scale: float, v_dim: int
-) -> Tensor:
+def _mla_prefill_attention(q, kv, kv_cache, page_table, cu_seqlens, scale, v_dim) -> Tensor:
     """``mla_prefill_attention`` in plain PyTorch; prompt by prompt."""
     generic.write_packed(kv, kv_cache, page_table, cu_seqlens)
     latent = generic.hide_broken_latent(generic.as_cached(kv, kv_cache.dtype), v_dim, kv_cache.dtype)[:, None]  # [T, 1, C + R]
     return _attend_prompts(q, latent, latent[..., :v_dim], cu_seqlens, scale, 0, 0.0, None)
 
 
-mla_prefill_attention_torch.register_fake(generic.mla_prefill_attention_fake)
+mla_prefill_attention_torch = lowered_op(generic.mla_prefill_attention, "torch", _mla_prefill_attention)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from spec_compile.hardware import Hardware, detect_hardware
-from spec_compile.ops.providers import AttentionNode, Availability
+from spec_compile.ops import attention as generic
+from spec_compile.ops.providers.contract import AttentionNode, Availability
 from spec_compile.ops.providers.examples import example_arguments
+from spec_compile.ops.providers.lowered import lowered_op
 from spec_compile.ops.torch_private import OpOverload
 
 NAME = "triton"
@@ -90,50 +92,18 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ops: schemas of the generic ops
+# The lowered ops
 
 
-@torch.library.custom_op("spec_compile::attention_triton", mutates_args=("k_cache", "v_cache"))
-def attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attention(q: Tensor, *others) -> Tensor:
     """``spec_compile::attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_decode import attention_decode
 
     num_sms, shared_memory = device_limits(q.device)
-    return attention_decode(
-        q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks,
-        num_sms=num_sms, shared_memory=shared_memory,
-    )  # fmt: skip
+    return attention_decode(q, *others, num_sms=num_sms, shared_memory=shared_memory)
 
 
-@attention_triton.register_fake
-def attention_triton_fake(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-
-
-@torch.library.custom_op("spec_compile::mla_attention_triton", mutates_args=("kv_cache",))
-def mla_attention_triton(
-    q: Tensor,
-    kv: Tensor,
-    kv_cache: Tensor,
-    page_table: Tensor,
-    cache_len: Tensor,
-    tree_mask: Tensor | None,
-    scale: float,
-    v_dim: int,
-) -> Tensor:
+def _mla_attention(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim) -> Tensor:
     """``spec_compile::mla_attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_decode import attention_decode
 
@@ -144,43 +114,14 @@ def mla_attention_triton(
     )  # fmt: skip
 
 
-@mla_attention_triton.register_fake
-def mla_attention_triton_fake(q, kv, kv_cache, page_table, cache_len, tree_mask, scale, v_dim) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_dim)
-
-
-@torch.library.custom_op("spec_compile::prefill_attention_triton", mutates_args=("k_cache", "v_cache"))
-def prefill_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _prefill_attention(q: Tensor, *others) -> Tensor:
     """``spec_compile::prefill_attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_prefill import attention_prefill
 
-    return attention_prefill(
-        q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks,
-        shared_memory=device_limits(q.device)[1],
-    )  # fmt: skip
+    return attention_prefill(q, *others, shared_memory=device_limits(q.device)[1])
 
 
-@prefill_attention_triton.register_fake
-def prefill_attention_triton_fake(q, k, v, k_cache, v_cache, page_table, cu_seqlens, scale, window, softcap, sinks) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-
-
-@torch.library.custom_op("spec_compile::mla_prefill_attention_triton", mutates_args=("kv_cache",))
-def mla_prefill_attention_triton(
-    q: Tensor, kv: Tensor, kv_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, scale: float, v_dim: int
-) -> Tensor:
+def _mla_prefill_attention(q, kv, kv_cache, page_table, cu_seqlens, scale, v_dim) -> Tensor:
     """``spec_compile::mla_prefill_attention``; same arguments and result."""
     from spec_compile.ops.kernels.attention_prefill import attention_prefill
 
@@ -190,6 +131,7 @@ def mla_prefill_attention_triton(
     )  # fmt: skip
 
 
-@mla_prefill_attention_triton.register_fake
-def mla_prefill_attention_triton_fake(q, kv, kv_cache, page_table, cu_seqlens, scale, v_dim) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v_dim)
+attention_triton = lowered_op(generic.attention, "triton", _attention)
+mla_attention_triton = lowered_op(generic.mla_attention, "triton", _mla_attention)
+prefill_attention_triton = lowered_op(generic.prefill_attention, "triton", _prefill_attention)
+mla_prefill_attention_triton = lowered_op(generic.mla_prefill_attention, "triton", _mla_prefill_attention)

@@ -15,9 +15,9 @@ from spec_compile.hf_integration.mask_windows import longest_text
 from spec_compile.hf_integration.self_check import check_capture
 from spec_compile.hf_integration.taps import Tap
 from spec_compile.hf_integration.training_mode import active_dropout, training_flags, what_differs
+from spec_compile.passes.backend_option import check_delta_rules
 from spec_compile.passes.pipeline import prepare
 from spec_compile.passes.positions import num_positions
-from spec_compile.passes.select_backend import check_delta_rules
 from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import StageProgram
 from spec_compile.runtime.programs import Programs

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from spec_compile.hardware import Hardware
-from spec_compile.passes.select_backend import Backend, Tuner
+from spec_compile.passes.backend_option import Backend
+from spec_compile.passes.select_backend import Tuner
 from spec_compile.runtime.program import SegmentCompiler
 
 

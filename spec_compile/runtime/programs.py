@@ -13,9 +13,10 @@ from spec_compile.errors import BackendError
 from spec_compile.hf_integration.fingerprint import Fingerprint, fingerprint, what_changed
 from spec_compile.ops import providers
 from spec_compile.ops.providers import DeltaNode
+from spec_compile.passes.backend_option import wanted
 from spec_compile.passes.graph import StageGraph, placeholders
 from spec_compile.passes.pipeline import choose_kernels
-from spec_compile.passes.select_backend import Choice, choose, wanted
+from spec_compile.passes.select_backend import Choice, choose
 from spec_compile.runtime import kv_pool, state_pool
 from spec_compile.runtime.options import RuntimeOptions
 from spec_compile.runtime.program import SegmentCompiler, StageProgram, build_program
