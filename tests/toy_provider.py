@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spec_compile.hardware import Hardware
+from spec_compile.ops import attention as generic
 from spec_compile.ops.attention import append_window, cache_slots, masked_softmax_attend, window_visibility
-from spec_compile.ops.providers import AttentionNode, Availability, Lowered
+from spec_compile.ops.providers import AttentionNode, Availability, Lowered, lowered_op
 
 NAME = "toy"
 CALLS: Counter[str] = Counter()
@@ -32,8 +33,8 @@ def supports(node: AttentionNode, hardware: Hardware) -> str | None:
 
 
 def lower(node: AttentionNode) -> Lowered:
-    ops = torch.ops.spec_compile_tests
-    return Lowered(ops.toy_attention.default, ops.toy_plan.default, (node.num_tokens, node.page_size))
+    op, plan = torch.ops.spec_compile.attention_toy.default, torch.ops.spec_compile_tests.toy_plan.default
+    return Lowered(op, plan, (node.num_tokens, node.page_size))
 
 
 def warm_up(node: AttentionNode, device: torch.device) -> None:
@@ -59,11 +60,7 @@ def _(page_table, cache_len, tree_mask, num_tokens, page_size):
     )
 
 
-@torch.library.custom_op("spec_compile_tests::toy_attention", mutates_args=("k_cache", "v_cache"))
-def toy_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cache_len: Tensor,
-    tree_mask: Tensor | None, scale: float, window: int, softcap: float, sinks: Tensor | None, slots: Tensor, total: Tensor,
-) -> Tensor:  # fmt: skip
+def attend(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, slots, total):
     CALLS["attention"] += 1
     append_window(k, k_cache, page_table, cache_len)
     append_window(v, v_cache, page_table, cache_len)
@@ -76,6 +73,4 @@ def toy_attention(
     return masked_softmax_attend(q, keys, values, visible, scale, 0.0, None).contiguous()
 
 
-@toy_attention.register_fake
-def _(q, k, v, k_cache, v_cache, page_table, cache_len, tree_mask, scale, window, softcap, sinks, slots, total):
-    return q.new_empty(*q.shape[:3], v.shape[3])
+lowered_op(generic.attention, "toy", attend, extra=("slots", "total"))
