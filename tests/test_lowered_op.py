@@ -12,7 +12,7 @@ from spec_compile.ops import attention, linear_attention
 from spec_compile.ops.providers import AttentionNode, DeltaNode, lowered_op
 from spec_compile.ops.providers.delta_examples import example_arguments as delta_arguments
 from spec_compile.ops.providers.examples import example_arguments
-from spec_compile.ops.torch_private import reference_of, schema_of
+from spec_compile.ops.torch_private import overload_of, python_of, schema_of
 
 SHAPES = {"page_size": 16, "window": 0, "softcap": 0.0, "has_sinks": False, "is_tree": False, "dtype": torch.float32}
 ATTENTION = AttentionNode("attention", "verify", 2, 3, 4, 2, 8, 6, kv_dtype=torch.float32, **SHAPES)
@@ -23,24 +23,28 @@ GENERIC = [
 ]
 
 
+def schema(op: CustomOpDef) -> torch.FunctionSchema:
+    return schema_of(overload_of(op))
+
+
 def planned(generic: CustomOpDef, provider: str) -> tuple[CustomOpDef, list[tuple]]:
     """An op with a plan's output behind the generic op's arguments, and what it was called with."""
     calls = []
 
     def impl(*args):
         calls.append(args)
-        return reference_of(generic)(*args[:-1]) * args[-1]
+        return python_of(generic)(*args[:-1]) * args[-1]
 
     return lowered_op(generic, provider, impl, extra=("factor",)), calls
 
 
-@pytest.mark.parametrize("generic", GENERIC, ids=lambda op: schema_of(op).name)
+@pytest.mark.parametrize("generic", GENERIC, ids=lambda op: schema(op).name)
 def test_the_schema_is_the_generic_ops_with_the_plans_outputs_behind(generic: CustomOpDef) -> None:
-    name = schema_of(generic).name
-    plain, two = lowered_op(generic, "of_ours", reference_of(generic)), planned(generic, "of_ours_planned")[0]
-    assert str(schema_of(plain)) == str(schema_of(generic)).replace(name, f"{name}_of_ours", 1)
-    expected = str(schema_of(generic)).replace(name, f"{name}_of_ours_planned", 1).replace(") ->", ", Tensor factor) ->")
-    assert str(schema_of(two)) == expected
+    name = schema(generic).name
+    plain, two = lowered_op(generic, "of_ours", python_of(generic)), planned(generic, "of_ours_planned")[0]
+    assert str(schema(plain)) == str(schema(generic)).replace(name, f"{name}_of_ours", 1)
+    expected = str(schema(generic)).replace(name, f"{name}_of_ours_planned", 1).replace(") ->", ", Tensor factor) ->")
+    assert str(schema(two)) == expected
 
 
 @pytest.mark.parametrize("node", [ATTENTION, LATENT], ids=lambda node: node.op)
