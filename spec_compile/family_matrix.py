@@ -151,8 +151,8 @@ def proofs(family: str, draft: str) -> list[int]:
 
 CONTRACT = "tests/gpu/test_attention_providers.py::test_contract[{provider}-{case}-bf16]"
 CPU_CONTRACT = "tests/test_attention_contract.py::test_the_torch_provider_keeps_it[{case}-torch.float32]"
-# (feature or None for a plain node, mode) -> the cases of tests/attention_contract.py that show it on a GPU, and on a CPU.
-# Sinks and windows come together in the one family that has sinks.
+# (feature or None for a plain node, mode) -> the cases of tests/support/attention_contract.py that show it on a GPU, and on
+# a CPU. Sinks and windows come together in the one family that has sinks.
 CONTRACTS: dict[tuple[str | None, str], tuple[str, str]] = {
     (None, "chain"): ("chain8", "chain"),
     (None, "tree"): ("tree8_batch1", "tree"),

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package: they import one another by name
 
 import attention_grid
 import attention_measure
 import attention_report
 import bench_attention
+import pytest
+import torch
 from bench_scripts import FOLDER, run_script
 
 from spec_compile.hardware import Hardware

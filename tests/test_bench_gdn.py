@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package: they import one another by name
 
 import bench_gdn
 import floors
 import gdn_report
+import pytest
+import torch
 
 from spec_compile.ops import linear_attention as ops
 

@@ -11,15 +11,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package: they import one another by name
-
 import bench_generate
 import floors
+import pytest
 import report
 import shapes
+import torch
 from bench_scripts import FOLDER, run_script
 
 from spec_compile.runtime.stats import SpecStats

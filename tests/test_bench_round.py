@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package: they import one another by name
 
 import bench_round
 import floors
+import pytest
 import report
 import round_adaptive
 import round_cells
 import round_plots
 import round_report
 import shapes
+import torch
 
 from spec_compile.errors import RanPlainError
 from spec_compile.runtime.stats import SpecStats

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import draft_report
 import pytest
 import torch
+from draft_prompts import HELD_OUT
+from eval_draft import SYSTEMS, accept_lengths
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spec_compile import spec_compile
 from spec_compile.errors import DraftError, MissingDependencyError
 from spec_compile.hf_integration.checkpoints.detect import load_draft_head
 from spec_compile.hf_integration.demo_model import demo_draft_dir, load_demo_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import draft_report
-from draft_prompts import HELD_OUT
-from eval_draft import SYSTEMS, accept_lengths
 
 MOST_BYTES = 24e6
 

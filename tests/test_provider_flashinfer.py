@@ -249,7 +249,7 @@ for n in (1, 7, 33):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (n, mask is None)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent / "support")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if "numpy" in result.stderr.lower() and result.returncode:
         pytest.skip("Triton's interpreter does not run here")

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
-import pytest
-import torch
-from tiny import tiny_model
-from transformers import DynamicCache
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import draft_data
 import draft_loss
 import draft_prompts
 import draft_sources
+import pytest
+import torch
 import train_draft
 from draft_data import Corpus
+from tiny import tiny_model
+from transformers import DynamicCache
 
 from spec_compile import spec_compile
 from spec_compile.hf_integration.checkpoints.detect import load_draft_head

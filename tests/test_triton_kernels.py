@@ -54,7 +54,7 @@ CASES = {  # one process each: importing torch takes longer than a case
 
 
 def run_interpreted(code: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-"], input=code, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from near_ties import assert_equal_up_to_near_ties
 from tiny import left_padded, tiny_model
+from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.errors import BackendError

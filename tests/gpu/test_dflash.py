@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from dflash_heads import fit_blocks, own_vocabulary
 from heads import target_states
 from tiny import left_padded, tiny_model

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
-import sys
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from heads import fit, options_of
 from near_ties import assert_equal_up_to_near_ties
 from test_backend import SHAPE, explained, usable
 from tiny import RECURRENT_FAMILIES, left_padded, tiny_model
+from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.hf_integration.heads.eagle3 import Eagle3Head, random_eagle3_head

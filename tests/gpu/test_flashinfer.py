@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from attention_contract import Case, check, check_output, make_problem
 
 from spec_compile.hardware import detect_hardware

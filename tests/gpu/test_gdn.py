@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import random
-import sys
 
 import pytest
 import torch
-from kernel_checks import DEVICE, INTERPRETED, check_capture, check_no_host_sync, needs_device, needs_kernels, to_device
-from torch.library import opcheck
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from gdn_contract import (
     Heads,
     Implementation,
@@ -31,6 +25,8 @@ from gdn_contract import (
     same,
     split,
 )
+from kernel_checks import DEVICE, INTERPRETED, check_capture, check_no_host_sync, needs_device, needs_kernels, to_device
+from torch.library import opcheck
 
 from spec_compile.hardware import detect_hardware
 from spec_compile.ops import linear_attention as generic

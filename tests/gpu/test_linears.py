@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from near_ties import assert_equal_up_to_near_ties
 from tiny import left_padded, tiny_model
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
-import sys
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from heads import fit, fit_in_turn, options_of
 from mtp_files import MTP_FAMILIES
 from test_eagle import NEW_TOKENS, PROMPT, check_float32, on_gpu
 from tiny import left_padded, tiny_model
+from transformers import PreTrainedModel
 
 from spec_compile import spec_compile
 from spec_compile.config import chain

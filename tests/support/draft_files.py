@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spec_compile.hf_integration.heads.draft_head import DraftHead
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 HIDDEN, VOCAB, LAYERS = 32, 64, 8
 
 

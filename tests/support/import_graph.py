@@ -1,9 +1,9 @@
 """Which file of the package imports which: the whole graph, its circles, and what goes against the layers.
 
-``python tests/import_graph.py`` prints what is wrong in a checkout and exits with 1; ``test_imports.py`` holds the project to
-none. Imports count wherever they stand: at the top, inside functions, under ``TYPE_CHECKING``. A string that names a module
-counts too, because registries and ``import_module`` import by name. Packages that Python runs on the way to a module do not:
-``import spec_compile.ops.tree`` runs ``ops/__init__.py``, which says nothing about what tree needs.
+``python tests/support/import_graph.py`` prints what is wrong in a checkout and exits with 1; ``test_imports.py`` holds the
+project to none. Imports count wherever they stand: at the top, inside functions, under ``TYPE_CHECKING``. A string that names a
+module counts too, because registries and ``import_module`` import by name. Packages that Python runs on the way to a module do
+not: ``import spec_compile.ops.tree`` runs ``ops/__init__.py``, which says nothing about what tree needs.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _reachable(start: str, after: dict[str, set[str]]) -> set[str]:
 
 
 def main() -> int:
-    edges = import_graph(Path(__file__).resolve().parents[1])
+    edges = import_graph(Path(__file__).resolve().parents[2])
     for group in sorted(circles(edges)):
         print("circle:", " <-> ".join(group))
         for edge in edges:
