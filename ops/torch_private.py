@@ -7,12 +7,14 @@ installed release, and for private names that a file takes past this one.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
@@ -27,20 +29,26 @@ __all__ = [
     "PARAMETERS",
     "DropoutNd",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
     "TracingContext",
+    "announce_backend",
     "detect_fake_mode",
     "dynamo_switch",
+    "effective_option",
     "fake_of",
     "forget_traces",
     "global_hooks",
     "inductor_compile",
+    "inductor_options",
     "make_graph_module",
     "mark_dynamic",
     "overload_of",
     "python_of",
+    "reset_cuda_graphs",
     "schema_of",
+    "size_hint",
     "static_shapes",
     "tracing",
     "use_lazy_graph_module",
@@ -85,6 +93,43 @@ def overload_of(op: torch.library.CustomOpDef) -> OpOverload:
 def inductor_compile(gm: torch.fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:
     """Inductor alone, without Dynamo: ``gm`` as a callable for inputs like ``examples``."""
     return torch._inductor.compile(gm, examples, options=options)
+
+
+def inductor_options(mode: str | None, options: dict[str, object] | None) -> dict[str, object]:
+    """What ``torch.compile``'s own backend makes of its two arguments.
+
+    Raises:
+        RuntimeError: an option or mode that Inductor does not know.
+    """
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+
+
+def effective_option(options: dict[str, object], name: str) -> object:
+    """An option as it holds in a compilation with ``options``: given there, or set for the process."""
+    from torch._inductor import config
+
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return options.get(name, value)
+
+
+def reset_cuda_graphs() -> None:
+    """Free what Inductor recorded, if anything."""
+    if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is not None:
+        trees.reset_cudagraph_trees()
+
+
+def announce_backend(name: str, place: str) -> None:
+    """Let ``torch.compile(backend=name)`` find ``place`` ("module:function"), as an entry point would, without importing it."""
+    from torch._dynamo.backends.registry import _BACKENDS
+
+    _BACKENDS.setdefault(name, EntryPoint(name, place, "torch_dynamo_backends"))
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as it was in the call that is traced; 0 where it depends on values."""
+    return size if isinstance(size, int) else size.node.hint or 0
 
 
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:

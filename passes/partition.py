@@ -14,6 +14,7 @@ segments, nothing else, and every node of it has its fake.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -27,24 +28,30 @@ _WRITES = tuple(
 )
 
 
-def partition(graph: StageGraph) -> StageGraph:
-    """Split ``graph`` into segments between attention ops; placeholders keep their bindings."""
-    bindings = {n.name: n.meta["binding"] for n in placeholders(graph.gm)}
+def partition(graph: StageGraph, is_cut: Callable[[fx.Node], bool] | None = None) -> StageGraph:
+    """Split ``graph`` into segments between attention ops; placeholders keep their bindings.
+
+    Args:
+        is_cut: which nodes stay between segments; None for what providers run and writes of caches.
+    """
+    is_cut = is_cut or _is_cut
+    bindings = {n.name: n.meta["binding"] for n in placeholders(graph.gm) if "binding" in n.meta}
     part_of, current = {}, 0
     for node in graph.gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if _is_cut(node):
+        if is_cut(node):
             part_of[node] = current + 1
             current += 2
         else:
             part_of[node] = current
     with lazy_code():
         top = split_module(graph.gm, graph.gm, lambda node: part_of[node], keep_original_order=True)
-    _inline_opaque(top)
+    _inline_opaque(top, is_cut)
     _give_fakes(top)
     for node in placeholders(top):
-        node.meta["binding"] = bindings[node.name]
+        if node.name in bindings:  # of captured graphs; Dynamo's own inputs are bound to nothing
+            node.meta["binding"] = bindings[node.name]
     graph.gm = top
     segments = [n for n in top.graph.nodes if n.op == "call_module"]
     keys = {segment_key(top.get_submodule(n.target)) for n in segments}
@@ -57,12 +64,12 @@ def _is_cut(node: fx.Node) -> bool:
     return needs_provider(node) or node.target in _WRITES
 
 
-def _inline_opaque(top: fx.GraphModule) -> None:
+def _inline_opaque(top: fx.GraphModule, is_cut: Callable[[fx.Node], bool]) -> None:
     """Replace each one-op submodule that split_module made of an opaque op by the op itself."""
     for call in [n for n in top.graph.nodes if n.op == "call_module"]:
         inner = top.get_submodule(call.target)
         body = [n for n in inner.graph.nodes if n.op not in ("placeholder", "output")]
-        if len(body) != 1 or not _is_cut(body[0]):
+        if len(body) != 1 or not is_cut(body[0]):
             continue
         values = dict(zip(placeholders(inner), call.args, strict=True))
         with top.graph.inserting_before(call):

@@ -5,6 +5,7 @@ Rooms, each importing only from those right of it: ``spec_compile`` → ``hf_int
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from spec_compile.logs import configure_logs
@@ -35,3 +36,10 @@ def __getattr__(name: str) -> object:
     import importlib
 
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+# torch finds the backend of ``torch.compile(backend="spec_compile")`` by its entry point, but looks for these only once.
+if "torch._dynamo.backends.registry" in sys.modules:
+    from spec_compile.ops.torch_private import announce_backend
+
+    announce_backend("spec_compile", "spec_compile.dynamo_backend:compile_graph")

@@ -91,11 +91,11 @@ class SegmentCompiler:
             fakes = [fake(node) for node in placeholders(segment)]
             symbolic = any(isinstance(value, torch.SymInt) for value in fakes)
             examples = fakes if symbolic else [a.detach() if isinstance(a, Tensor) else a for a in args]
-            fixed = {"post_grad_custom_pre_pass": salt} | (_DYNAMIC_SORT if symbolic and _sorts(segment) else {})
+            fixed = {"post_grad_custom_pre_pass": salt} | (sort_options(segment) if symbolic else {})
             segment = copy.deepcopy(segment)  # which is changed below and by Inductor
             if self.hardware.vendor == "nvidia" and not symbolic:
                 use_skinny_linears(segment, args, self.linears)
-            self.artifacts[key] = _compile(segment, examples, fixed | _inductor_options(self.hardware))
+            self.artifacts[key] = compile_segment(segment, examples, fixed | _inductor_options(self.hardware))
         return self.artifacts[key]
 
     @contextlib.contextmanager
@@ -108,9 +108,15 @@ class SegmentCompiler:
             self.seconds = before + time.perf_counter() - start
 
 
-def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]) -> Callable:
-    """Inductor with its disk cache: torch bypasses that unless a tracing context has a shape environment."""
-    mode = detect_fake_mode(examples) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+def compile_segment(
+    segment: fx.GraphModule, examples: list, options: dict[str, object], mode: FakeTensorMode | None = None
+) -> Callable:
+    """Inductor with its disk cache: torch bypasses that unless a tracing context has a shape environment.
+
+    Args:
+        mode: of the fakes among ``examples``; None looks for it, or makes one.
+    """
+    mode = mode or detect_fake_mode(examples) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     with tracing(TracingContext(mode)):
         return inductor_compile(segment, examples, options)
 
@@ -118,11 +124,10 @@ def _compile(segment: fx.GraphModule, examples: list, options: dict[str, object]
 # A mixture of experts sorts its packed tokens by expert. Inductor's own sort, a persistent kernel, holds 512 elements; compiled
 # for a symbolic length, more of them than that read out of bounds (seen on an H200 with torch 2.11; why it is chosen there is
 # not established). Without persistent kernels aten sorts: tests/gpu/test_end_to_end.py, test_experts_of_a_long_prompt.
-_DYNAMIC_SORT: dict[str, object] = {"triton.persistent_reductions": False}
-
-
-def _sorts(segment: fx.GraphModule) -> bool:
-    return any("sort" in getattr(node.target, "__name__", str(node.target)) for node in segment.graph.nodes)
+def sort_options(segment: fx.GraphModule) -> dict[str, object]:
+    """Inductor's options for a segment of symbolic sizes, for the sake of its sorts."""
+    sorts = any("sort" in getattr(node.target, "__name__", str(node.target)) for node in segment.graph.nodes)
+    return {"triton.persistent_reductions": False} if sorts else {}
 
 
 def _is_row_index(arg: object) -> bool:

@@ -51,7 +51,7 @@ def use_skinny_linears(segment: fx.GraphModule, args: tuple, known: Known) -> in
 
     Args:
         segment: changed in place.
-        args: its inputs, real tensors.
+        args: its inputs, real tensors; None for what is not known, whose linears stay.
         known: what was measured; what is new is added.
     """
     values, replaced = dict(zip(placeholders(segment), args, strict=True)), 0
@@ -60,6 +60,8 @@ def use_skinny_linears(segment: fx.GraphModule, args: tuple, known: Known) -> in
         if weight is None:
             continue
         tokens = node.meta["example_value"].shape.numel() // weight.shape[0]
+        if not isinstance(tokens, int):  # compiled for any number of them
+            continue
         key = (tokens, *weight.shape, weight.dtype)
         if key not in known:
             known[key] = measured(tokens, weight) if tokens <= MAX_TOKENS else None
