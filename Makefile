@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 CHOICE := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(if $(LATEST),--upgrade --upgrade-strategy eager)
 
-.PHONY: help demo test check lint types spelling format clean newest
+.PHONY: help demo test check lint types spelling format clean newest docs
 
 help:
 	@echo "make demo    plain generate() against spec_compile on a small real model"
@@ -33,6 +33,7 @@ help:
 	@echo "  make lint      ruff check and format check;  make format applies them"
 	@echo "  make types     mypy, strict on the public face"
 	@echo "  make spelling  codespell"
+	@echo "make docs    the documentation site, in site/"
 	@echo "make clean   remove .venv and build leftovers"
 
 demo: $(VENV)/.installed
@@ -60,8 +61,12 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed
+	$(INSTALL) --no-build-isolation -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf site .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last: an interrupted install is done again.

@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="run the prompts with the model's EAGLE-3 draft head, too (default; with --draft ngram only)",
     )
+    demo.add_argument("--svg", metavar="FILE", help="also write the pictures of accepted tokens to FILE, in colour")
     _add_run_arguments(demo, max_new_tokens=96)
 
     doctor = commands.add_parser(

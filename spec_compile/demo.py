@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spec_compile.errors import SpecCompileError
+from spec_compile.errors import ConfigError, SpecCompileError
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,7 @@ def run_demo(args: argparse.Namespace) -> int:
         0; 1 when greedy float32 output differed from plain ``generate()``, which is a bug.
 
     Raises:
+        ConfigError: ``--svg`` names a file in a directory that does not exist.
         SpecCompileError: the model cannot be had or compiled (see ``load_demo_model`` and ``spec_compile``), or a call that was
             to be accelerated ran as plain transformers.
     """
@@ -186,12 +188,14 @@ def _run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as hf_logging
 
     from spec_compile.cli import encode_prompt, resolve_compile, resolve_device, resolve_dtype, sampling_arguments
-    from spec_compile.demo_report import acceptance_picture, legend, token_pieces, uses_colour
+    from spec_compile.demo_report import acceptance_picture, legend, save_svg, token_pieces, uses_colour
     from spec_compile.hf_integration.demo_model import DEMO_MODEL_NAME, load_demo_model
 
     console = Console(no_color=args.no_color or None, highlight=False, markup=False)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    if args.svg is not None and not Path(args.svg).parent.is_dir():  # before minutes of work for it
+        raise ConfigError(f"--svg {args.svg}: there is no such directory; make it first.")
     model, tokenizer = load_demo_model(dtype, device)
     console.print(_header(DEMO_MODEL_NAME, device, dtype, args))
     if device.type == "cpu" and (note := _busy_note()):
@@ -220,6 +224,8 @@ def _run(args: argparse.Namespace) -> int:
         )
         results.append(result)
     _print_summary(console, results, args)
+    if args.svg is not None:
+        save_svg(args.svg, tokenizer, results)
     if args.draft == "ngram" and args.head:
         from spec_compile.demo_head import run_head
 

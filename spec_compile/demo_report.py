@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _SHADES = ("black on color(114)", "black on color(152)", "black on color(222)")
 _HARDLY = 1.1  # a speed-up below this is within the noise of a single run
 _NARROW = 76  # columns; below them the table becomes a list
+_SVG_WIDTH = 92  # columns; wider ones are too small to read in a README
 _BAR = 32  # columns of the histogram's longest bar
 
 
@@ -99,6 +101,22 @@ def acceptance_picture(pieces: Sequence[str], accept_lengths: Sequence[int], col
         start += length
     picture.append("".join(pieces[start:]))
     return picture
+
+
+def save_svg(path: str, tokenizer: PreTrainedTokenizerBase, results: Sequence[PromptResult]) -> None:
+    """Write the legend and the picture of every result to ``path``, as an SVG in colour whatever this terminal shows."""
+    console = Console(
+        record=True, file=io.StringIO(), width=_SVG_WIDTH, force_terminal=True, color_system="256", highlight=False
+    )
+    console.print(legend(True))
+    for result in results:
+        tokens = len(result.spec_tokens)
+        console.rule(result.title, align="left", style="dim")
+        console.print(acceptance_picture(token_pieces(tokenizer, result.spec_tokens), result.accept_lengths, True))
+        console.print(
+            f"{tokens} tokens in {len(result.accept_lengths)} rounds, accept length {result.accept_length:.2f}", style="bold"
+        )
+    console.save_svg(path, title="spec-compile demo", unique_id="demo")
 
 
 def legend(colour: bool) -> Text:

@@ -140,7 +140,7 @@ def test_the_lock_has_everything_that_the_commands_install() -> None:
 def test_workflows_run_the_oldest_the_locked_and_the_newest() -> None:
     text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     for arguments in ("CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest", "LATEST=1"):
-        assert arguments in text and arguments in (ROOT / "README.md").read_text()
+        assert arguments in text and arguments in (ROOT / "docs" / "install.md").read_text()
     assert "make test ${{ matrix.arguments }}" in text and "make check" in text
 
 
