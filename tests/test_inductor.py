@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spec_compile import ops, spec_compile
 from spec_compile.passes.graph import CacheSlot, placeholders
 from spec_compile.runtime.engine import Engine
-from spec_compile.runtime.program import CacheSalt, CompiledSegment, SegmentCompiler, _compile, source_hash
+from spec_compile.runtime.program import CacheSalt, CompiledSegment, SegmentCompiler, compile_segment, source_hash
 
 BATCH, NEW_TOKENS = 2, 20
 
@@ -195,7 +195,7 @@ def compile_with(salt: str) -> tuple[int, int]:
     """Hits and misses of compiling one fixed graph under ``salt``."""
     before = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
     graph = fx.symbolic_trace(lambda x: (torch.sin(x) * 2 + x,))
-    artifact = _compile(graph, [torch.randn(8)], {"post_grad_custom_pre_pass": CacheSalt(salt)})
+    artifact = compile_segment(graph, [torch.randn(8)], {"post_grad_custom_pre_pass": CacheSalt(salt)})
     x = torch.randn(8)
     torch.testing.assert_close(artifact(x)[0], torch.sin(x) * 2 + x)
     after = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
