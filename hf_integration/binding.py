@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from spec_compile.hf_integration.transformers_private import PLAIN_LOOPS, SAMPLE
@@ -45,6 +46,7 @@ def bind_generate(
     loop: Callable[..., object],
     on_plain: Callable[[str], None],
     on_unreached: Callable[[Mapping[str, object]], None],
+    on_failed: Callable[[], None],
 ) -> type[PreTrainedModel]:
     """Swap ``model``'s class for one whose generation loop is ``loop``; returns the original class.
 
@@ -57,9 +59,12 @@ def bind_generate(
             ``given`` are the keyword arguments of the public call, None where ``generate()`` was not called on the model.
         on_plain: a method, told the reason of a call that transformers' other loops take (beams, assistants).
         on_unreached: a method, told the arguments of a call that returned without any of these loops.
+        on_failed: a method, told of a call that raised before any of them.
     """
-    cls = type(model)
-    weak_loop, weak_on_plain, weak_on_unreached = map(weakref.WeakMethod, (loop, on_plain, on_unreached))
+    cls = own_class(model)  # one of an earlier call, whose handle somebody deleted, is replaced
+    weak_loop, weak_on_plain, weak_on_unreached, weak_on_failed = map(
+        weakref.WeakMethod, (loop, on_plain, on_unreached, on_failed)
+    )
 
     @functools.wraps(cls.generate)
     def generate(self, *args, **kwargs):
@@ -67,6 +72,10 @@ def bind_generate(
         token = _running.set(call)
         try:
             result = cls.generate(self, *args, **kwargs)
+        except BaseException:
+            if not call.reached_loop and (on_failed := weak_on_failed()) is not None:
+                on_failed()
+            raise
         finally:
             _running.reset(token)
         unreached = weak_on_unreached()
@@ -105,6 +114,12 @@ def bind_generate(
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     model.__class__ = type(cls.__name__, (cls,), members)
     return cls
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of ``module``; of a model whose class was swapped the one before."""
+    cls = type(module)
+    return cls.__mro__[1] if "_spec_compile_swapped" in vars(cls) else cls
 
 
 def _reached(model: PreTrainedModel) -> Mapping[str, object] | None:

@@ -35,6 +35,7 @@ from spec_compile.hf_integration.mask_windows import read_windows
 from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.private_copy import ask_for_logits_alone, private_copy
 from spec_compile.hf_integration.recurrent_layers import modeling_modules
+from spec_compile.hf_integration.rope import follows_every_token
 from spec_compile.hf_integration.taps import Tap, tapped
 from spec_compile.ops.torch_private import dynamo_switch, forget_traces, mark_dynamic, static_shapes
 from spec_compile.passes.graph import Binding, CacheSlot, RuntimeInput, StageGraph, fake, finish, placeholders
@@ -216,6 +217,10 @@ def _capture(
             )
         if (reason := own_attention(model)) is not None:
             raise CaptureError(f"{reason}.")
+        if (rotary := follows_every_token(model)) is not None:
+            raise CaptureError(
+                f"its rotary embedding {rotary} is of type 'dynamic': frequencies follow the length of the text token by token."
+            )
         config = model.config.get_text_config(decoder=True)
         check_layer_types(config)
         modeling_modules(model, recurrent_layers(config))

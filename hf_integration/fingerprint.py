@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from spec_compile.hf_integration.binding import own_class
 from spec_compile.hf_integration.forward_wrappers import patched_forward
 from spec_compile.hf_integration.python_state import Attributes, Remembered, changed_attributes, differences, equal, remember
 from spec_compile.hf_integration.transformers_private import PRIVATE_NOTES, PRIVATE_SETTINGS
 from spec_compile.ops.torch_private import (
     BUFFERS,
+    COMPILED_CALL,
     FORWARD_HOOKS,
     FORWARD_PRE_HOOKS,
     MODULES,
@@ -30,6 +32,7 @@ _IDLE_ATTRIBUTES = _TABLES | {
     "spec", "generation_config", "gradient_checkpointing", "warnings_issued", "model_tags", "rope_deltas", "name_or_path",
     "forward",  # what is patched there is looked at by itself
     *PRIVATE_NOTES,
+    COMPILED_CALL,  # runs the same forward
 }  # fmt: skip
 _IDLE_SETTINGS = frozenset({
     "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "name_or_path", "architectures", "id2label",
@@ -95,8 +98,8 @@ def what_changed(before: Fingerprint) -> Iterator[str]:
     """
     for seen in before.modules:
         module, own = seen.module, seen.attributes.live
-        if module.__class__ is not seen.kind and _kind(module) is not seen.kind:
-            yield f"{_called(seen)} (of class {_kind(module).__name__}, was {seen.kind.__name__})"
+        if module.__class__ is not seen.kind and own_class(module) is not seen.kind:
+            yield f"{_called(seen)} (of class {own_class(module).__name__}, was {seen.kind.__name__})"
         if not equal(own, seen.attributes.before):
             yield from changed_attributes(
                 seen.attributes, _ignored(module, own.keys() - seen.attributes.before.keys()), before.bound
@@ -125,7 +128,7 @@ def _walk(module: nn.Module, name: str, found: Fingerprint, classes: dict[type, 
     if id(module) in seen:
         return
     seen.add(id(module))
-    own, kind = module.__dict__, _kind(module)
+    own, kind = module.__dict__, own_class(module)
     attributes, forward = Attributes(name, own, dict(own)), patched_forward(module)
     found.modules.append(_Module(attributes, module, kind, dict(own[MODULES]), _tensors(own), _hooks(own), forward))
     remember(found.state, f"{name}.forward".lstrip("."), forward)
@@ -141,12 +144,6 @@ def _walk(module: nn.Module, name: str, found: Fingerprint, classes: dict[type, 
     for key, child in own[MODULES].items():
         if child is not None:
             _walk(child, f"{name}.{key}" if name else key, found, classes, seen)
-
-
-def _kind(module: nn.Module) -> type:
-    """The class of ``module``, of a model whose class was swapped the one before."""
-    kind = module.__class__
-    return kind.__mro__[1] if "_spec_compile_swapped" in vars(kind) else kind
 
 
 def _called(seen: _Module) -> str:

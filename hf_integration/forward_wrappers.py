@@ -9,20 +9,23 @@ import types
 
 from torch import nn
 
+from spec_compile.ops.torch_private import compiled_callable
+
 
 def patched_forward(module: nn.Module) -> object | None:
     """What runs in place of the class's own ``forward``; None where nothing does.
 
     Wrappers that hand on what ``generate()`` passes, and what comes back, are seen through: TRL's fused head, which has another
-    way for its own keyword alone (``add_fused_lm_head``, trl/trainer/utils.py of 1.16). accelerate's ``unwrap_model()`` puts
-    back the class's forward without its decorators, which name and pack arguments and results.
+    way for its own keyword alone (``add_fused_lm_head``, trl/trainer/utils.py of 1.16), and ``torch.compile()``, with which
+    plain calls go on. accelerate's ``unwrap_model()`` puts back the class's forward without its decorators, which name and pack
+    arguments and results.
     """
     forward = module.__dict__.get("forward")
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         if getattr(forward, "__self__", None) is module and function in _undecorated(type(module).forward):
             return None
-        inner = _behind_fused_head(function)
+        inner = compiled_callable(function) or _behind_fused_head(function)
         if inner is None:
             return forward
         forward = inner

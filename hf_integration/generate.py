@@ -17,7 +17,7 @@ from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.loop_methods import replaced_loop_method
 from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.processors import read_processors
-from spec_compile.hf_integration.rope import fixed_rope_length
+from spec_compile.hf_integration.rope import LOOK_AHEAD, fixed_rope_length
 from spec_compile.hf_integration.transformers_private import pad_token
 from spec_compile.ops.torch_private import dynamo_switch
 
@@ -110,9 +110,13 @@ def why_plain(
     implementation = generation_config.cache_implementation or ""
     if implementation == "quantized" or "offloaded" in implementation:  # the others differ in speed only
         return f"cache_implementation={implementation!r} is not accelerated"
-    if input_ids.shape[1] == 0 or "inputs_embeds" in model_kwargs:
+    if "inputs_embeds" in model_kwargs:
         return "prompts given as inputs_embeds are not accelerated"
+    if input_ids.shape[1] == 0:
+        return "empty prompts are not accelerated"
     fixed = fixed_rope_length(model.config.get_text_config(decoder=True))
+    if fixed == 0:
+        return f"this model's rotary frequencies change within the first {LOOK_AHEAD} tokens, and graphs look as far ahead"
     if fixed is not None and generation_config.max_length > fixed:
         return f"texts that may pass {fixed} tokens, near where this model's rotary frequencies change, are not accelerated"
     caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]  # by type: their name has changed before
@@ -121,12 +125,16 @@ def why_plain(
     if unknown := [name for name in unknown_inputs(model_kwargs) if not _all_is_text(model, name, model_kwargs[name])]:
         return f"model inputs {unknown} are not accelerated"
     mask = model_kwargs.get("attention_mask")
+    asked = (given or {}).get("attention_mask")  # transformers makes positions of it, and may cut it first
     if mask is not None:
-        if mask.dim() != 2 or mask.shape != input_ids.shape:
+        other_length = isinstance(asked, Tensor) and asked.shape[-1:] != input_ids.shape[-1:]
+        if mask.dim() != 2 or mask.shape != input_ids.shape or other_length:
             return "attention masks other than [batch, prompt length] are not accelerated"
         ones = mask.bool().long()  # of any type, as transformers takes them
         if not bool((mask == ones).all()):
             return "attention_mask has other numbers than 0 and 1, and transformers counts positions by them"
+        if not bool(ones.any(1).all()):
+            return "rows whose attention_mask is all zeros, which have no tokens to read, are not accelerated"
         ordered = ones.cummax(1).values == ones  # zeros, then ones
         if not bool((ordered.all(1) & (ones[:, -1] == 1)).all()):
             return "attention_mask has gaps or right padding; only left padding is accelerated"

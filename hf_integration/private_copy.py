@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spec_compile.hf_integration.fingerprint import is_idle
 from spec_compile.hf_integration.forward_wrappers import patched_forward
-from spec_compile.ops.torch_private import FORWARD_HOOKS, FORWARD_PRE_HOOKS
+from spec_compile.ops.torch_private import COMPILED_CALL, FORWARD_HOOKS, FORWARD_PRE_HOOKS
 
 
 def configurations(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -36,8 +36,10 @@ def private_copy(model: PreTrainedModel, *, in_eval_mode: bool = True) -> PreTra
     for module in model.modules():
         twin = twins[id(module)] = object.__new__(type(module))
         twin.__dict__.update(module.__dict__)
-        if patched_forward(module) is None:  # a wrapper that is seen through may hold the model's own modules in a closure
-            twin.__dict__.pop("forward", None)
+        # Wrappers that are seen through, and what module.compile() left, hold the model's own modules, not the copy's.
+        twin.__dict__.pop(COMPILED_CALL, None)
+        if twin.__dict__.pop("forward", None) is not None and (behind := patched_forward(module)) is not None:
+            twin.__dict__["forward"] = behind
     memo: dict[int, object] = {}  # one copy of a configuration that several modules hold
     for twin in twins.values():
         for name, value in twin.__dict__.items():

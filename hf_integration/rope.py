@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -13,7 +14,7 @@ from spec_compile.errors import DraftError
 # Their frequencies follow the largest position of a forward: Phi-3's longrope switches factors (and generate() recomputes
 # the whole cache at that point), dynamic NTK rescales with every token. A verified window looks ahead of the text.
 _SWITCHING = ("longrope", "dynamic")
-_LOOK_AHEAD = 64  # positions; SpecConfig allows windows of 63 drafts
+LOOK_AHEAD = 64  # positions; SpecConfig allows windows of 63 drafts
 _BASE = 10000.0  # of a config that names none, in every engine
 
 
@@ -28,7 +29,18 @@ def fixed_rope_length(config: PretrainedConfig) -> int | None:
         for p in per_layer_type or [parameters]
         if p.get("rope_type") in _SWITCHING
     ]
-    return max(0, min(lengths) - _LOOK_AHEAD) if lengths else None
+    return max(0, min(lengths) - LOOK_AHEAD) if lengths else None
+
+
+def follows_every_token(model: nn.Module) -> str | None:
+    """The first module of ``model`` whose rotary frequencies are computed from each forward's largest position, which no graph
+    can decide; None without one. Read in transformers 5.17 to 5.24: ``dynamic_rope_update`` in modeling_rope_utils.py asks
+    whether "dynamic" is in the module's ``rope_type``, which is a dict where layer types differ."""
+    for name, module in model.named_modules():
+        kinds = module.__dict__.get("rope_type")
+        if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, Mapping) else (kinds,))):
+            return name
+    return None
 
 
 def head_rotary(config: PretrainedConfig) -> LlamaRotaryEmbedding:

@@ -22,6 +22,7 @@ from torch.nn.modules import module as nn_module
 
 __all__ = [
     "BUFFERS",
+    "COMPILED_CALL",
     "FORWARD_HOOKS",
     "FORWARD_PRE_HOOKS",
     "MODULES",
@@ -34,6 +35,7 @@ __all__ = [
     "OpOverloadPacket",
     "TracingContext",
     "announce_backend",
+    "compiled_callable",
     "detect_fake_mode",
     "dynamo_switch",
     "effective_option",
@@ -59,6 +61,8 @@ PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 FORWARD_HOOKS, FORWARD_PRE_HOOKS = "_forward_hooks", "_forward_pre_hooks"
 # What torch.compile() of a module calls that module: torch/_dynamo/eval_frame.py.
 ORIGINAL_MODULE = "_orig_mod"
+# What module.compile() leaves in the module's ``__dict__``, and a call of it runs: torch/nn/modules/module.py.
+COMPILED_CALL = "_compiled_call_impl"
 DropoutNd = nn.modules.dropout._DropoutNd  # nn.Dropout and its kin
 
 
@@ -145,6 +149,14 @@ def static_shapes() -> object:
 def forget_traces(function: Callable) -> None:
     """Dynamo drops what it compiled for ``function``'s code."""
     torch._dynamo.eval_frame.remove_from_cache(function)
+
+
+def compiled_callable(function: object) -> object | None:
+    """What ``torch.compile()`` was given, of what it gave back; None of anything else, ``torch.compiler.disable()``'s too."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_name != "compile_wrapper" or function.__globals__.get("__name__") != "torch._dynamo.eval_frame":
+        return None
+    return function._torchdynamo_orig_callable
 
 
 def dynamo_switch() -> str | None:

@@ -33,7 +33,7 @@ def check_backend(backend: Backend) -> None:
         if isinstance(name, str) and delta_only(name):
             if stage in DELTA_OPS or f"gdn_{stage}" in DELTA_OPS:
                 continue
-            ways = " or ".join(f"backend={{{op!r}: {name!r}}}" for op in DELTA_OPS)
+            ways = " or ".join(f"backend={{{op!r}: {name!r}}}" for op in providers.delta_ops(name))
             where = "attention" if stage is None else f"the {stage} stage, which has none of its own"
             raise BackendError(f"backend={name!r} runs gated delta rules, not {where}; say which ones: {ways}.")
         if not isinstance(name, str) or name not in (AUTO, TUNE, *known):

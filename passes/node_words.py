@@ -7,7 +7,12 @@ from spec_compile.ops.providers import DeltaNode, Node
 
 def call_in_words(node: Node, layers: tuple[int, ...]) -> str:
     """A node in words, for errors."""
-    return f"{node.op} in the {node.stage} graph (layers {span(layers)}; {needs(node)})"
+    return f"{node.op} in the {node.stage} graph ({layers_in_words(layers)}; {needs(node)})"
+
+
+def layers_in_words(layers: tuple[int, ...]) -> str:
+    """``"layer 3"``, ``"layers 0–31"``."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {span(layers)}"
 
 
 def span(layers: tuple[int, ...]) -> str:

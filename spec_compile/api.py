@@ -39,7 +39,7 @@ def spec_compile(
 
     The same object comes back: weights, ``state_dict()``, plain ``model(...)`` and every argument of ``generate()`` keep
     their meaning; greedy output stays what plain ``generate()`` gives, sampling keeps its distribution. What cannot be
-    accelerated runs as plain transformers and says so once.
+    accelerated runs as plain transformers and says so once (of a model that was changed behind its graphs: after each change).
 
     Called again it replaces what it made before: wrong options, devices and draft files are found while that still stands, a
     capture that fails, or a draft that does not go with its options, after it is gone (plain ``generate()`` then). Until then
@@ -93,7 +93,7 @@ def spec_compile(
         draft = load_draft(draft, model)
     earlier: SpecHandle | None = getattr(model, "spec", None)
     if earlier is not None:
-        earlier.remove()  # compiling again replaces, it does not stack
+        earlier.remove("spec_compile() of a compiled model")  # compiling again replaces, it does not stack
 
     options = RuntimeOptions(
         hardware=hardware,

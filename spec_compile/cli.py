@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from spec_compile.errors import BackendError, ConfigError, SpecCompileError
+from spec_compile.drafts.names import check_name, is_path
+from spec_compile.errors import BackendError, CaptureError, ConfigError, DraftError, SpecCompileError
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,22 @@ def _message(error: Exception) -> str:
     if isinstance(error, BackendError):
         named = re.sub(r"(nearest that can is (\w+)): backend=\{.*?\} \(.*?\)", r"\1: --backend \2", str(error))
         return re.sub(r"backend='(\w+)'", r"--backend \1", named)
+    if isinstance(error, DraftError):
+        return _as_typed(error)
+    if isinstance(error, CaptureError):  # a command has nothing to leave out
+        return str(error).replace("; leave spec_compile() out for it", "")
     if isinstance(error, (SpecCompileError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}\nRun the command again with --debug before it for the traceback."
+
+
+def _as_typed(error: DraftError) -> str:
+    """What an error says of ``draft=``, as the option that was typed or may be."""
+    return (
+        re.sub(r"draft='([^']+)'", r"--draft \1", str(error))
+        .replace("draft=None", "--draft none")
+        .replace("draft=", "--draft ")
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -277,6 +291,7 @@ def _run_demo(args: argparse.Namespace) -> int:
 
     for prompt in args.prompt or ():
         _not_empty(prompt)
+    _check_draft(args.draft)
     return run_demo(args)
 
 
@@ -287,6 +302,9 @@ def _run_doctor(args: argparse.Namespace) -> int:
 
 
 def _run_generate(args: argparse.Namespace) -> int:
+    if args.model is not None and is_path(args.model) and not os.path.exists(args.model):
+        raise ConfigError(f"MODEL_PATH {args.model}: there is no such directory.")
+    _check_draft(args.draft)
     prompt = _read_prompt(args.prompt)
     with quiet_transformers():
         return _generate(args, prompt)
@@ -329,6 +347,16 @@ def _read_prompt(given: str | None) -> str:
     return _not_empty(sys.stdin.read() if given is None else given)
 
 
+def _check_draft(name: str) -> None:
+    """That ``name`` may be a draft, before torch is imported and a model is loaded for it."""
+    if name in ("ngram", "mtp", "none"):
+        return
+    try:
+        check_name(os.path.expanduser(name))
+    except DraftError as error:
+        raise ConfigError(_as_typed(error)) from error
+
+
 def _not_empty(prompt: str) -> str:
     """``prompt``, before a model is loaded for it; in a chat template an empty one has tokens, too."""
     if not prompt.strip():
@@ -343,10 +371,6 @@ def _load(path: str | None, dtype: torch.dtype, device: torch.device) -> tuple[P
         return load_demo_model(dtype, device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from spec_compile.drafts.names import is_path
-
-    if is_path(path) and not os.path.exists(path):
-        raise ConfigError(f"MODEL_PATH {path}: there is no such directory.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), tokenizer

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spec_compile.errors import ConfigError, SpecCompileError
+from spec_compile.other_processes import cores_used_by_others
 
 if TYPE_CHECKING:
     import torch
@@ -249,12 +250,12 @@ def _header(name: str, device: torch.device, dtype: torch.dtype, args: argparse.
 
 
 def _busy_note() -> str | None:
-    """A line when other processes want the cores too, else None. Read before our own threads have counted."""
+    """A line when other processes want the cores too, else None."""
     cores = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load < cores / 2:
+    used = cores_used_by_others()
+    if used is None or used < cores / 4:
         return None
-    return f"Other processes use this machine (load {load:.1f} on {cores} cores): the times below will be unsteady."
+    return f"Other processes use this machine ({used:.1f} of {cores} cores): the times below will be unsteady."
 
 
 def _warm_up(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spec_compile.config import RoundShape
-from spec_compile.passes.node_words import needs, span
+from spec_compile.passes.node_words import layers_in_words, needs
 from spec_compile.passes.select_backend import Choice
 from spec_compile.runtime.engine import Engine
 from spec_compile.runtime.programs import Programs
@@ -57,8 +57,7 @@ def _programs(role: str, programs: Programs) -> list[str]:
 
 def _choice(choice: Choice) -> list[str]:
     """The winner of a layer group with its reason, then the losers with theirs; equal reasons share a line."""
-    word = "layer" if len(choice.layers) == 1 else "layers"
-    lines = [f"{word} {span(choice.layers)} ({choice.node.op}, {needs(choice.node)})"]
+    lines = [f"{layers_in_words(choice.layers)} ({choice.node.op}, {needs(choice.node)})"]
     lines.append(f"  {choice.provider}: {choice.reason}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in choice.losers.items():

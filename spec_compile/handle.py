@@ -53,7 +53,7 @@ class SpecHandle:
         self._told_since_rounds: set[str] = set()  # about changes of the model: said again after each
         self._turns = Turns()  # on the buffers
         self._transcript: Transcript | None = None
-        self._original_class = bind_generate(model, self._loop, self._say_plain, self._say_unreached)
+        self._original_class = bind_generate(model, self._loop, self._say_plain, self._say_unreached, self._forget_last)
 
     # ------------------------------------------------------------------------------------------------------------------
     # What users call
@@ -91,19 +91,22 @@ class SpecHandle:
         """Speculative ``generate()`` from now on, or within ``with model.spec.enable():``."""
         return _Switch(self, True)
 
-    def remove(self) -> None:
+    def remove(self, asked: str = "model.spec.remove()") -> None:
         """Give the model its own class back and free pools and graphs. The weights stay where they are.
 
         Waits for a call that another thread has running.
+
+        Args:
+            asked: what the caller wrote, for messages.
 
         Raises:
             SpecCompileError: from within a running call, whose buffers these are, or while one may be waiting for this thread.
         """
         if self._turns.is_mine():
-            raise SpecCompileError("model.spec.remove() from within generate(): call it when generate() has returned.")
+            raise SpecCompileError(f"{asked} from within generate(): call it when generate() has returned.")
         with self._turns.take() as turn:
             if not turn:
-                raise SpecCompileError(f"model.spec.remove(): {_AWAY}. Call it when that generate() has returned.")
+                raise SpecCompileError(f"{asked}: {_AWAY}. Call it when that generate() has returned.")
             if self._bound():
                 self._model.__class__ = self._original_class
                 del self._model.spec
@@ -124,7 +127,7 @@ class SpecHandle:
 
     def _why_not_now(self) -> str | None:
         if not self._bound():
-            return "model.spec.remove() came first"
+            return "model.spec.remove() came first, or model.spec was deleted; call spec_compile(model, ...) again"
         if reason := changes_numerics(self._model):
             return reason
         changed = list(itertools.islice(self._engine.what_changed(), _NAMED_CHANGES + 1))
@@ -155,7 +158,7 @@ class SpecHandle:
         """What the installed transformers does otherwise than any release that was tested: said in every call."""
         self._stats = SpecStats(mode="plain", plain_because=what)
         if self._enabled:
-            warn_user(f"{what}, so this generate() call runs as plain transformers. {version_remedy()}")
+            warn_user(f"{what}, so this generate() call runs as plain transformers. {version_remedy(transformers.__version__)}")
 
     def _say_unreached(self, given: Mapping[str, object]) -> None:
         """A public call came back without any of the loops that the model's class has."""
@@ -165,6 +168,12 @@ class SpecHandle:
             self._say_plain("cache_implementation='paged' is not accelerated")
         else:
             self._say_incompatible(f"generate() of transformers {transformers.__version__} did not use the loop it used to")
+
+    def _forget_last(self) -> None:
+        """A public call raised before it came to a loop: what is known of the call before it is no figure of this one."""
+        if not self._turns.is_mine():  # else it was made within a call, whose text is still growing
+            self._transcript = None
+        self._stats = SpecStats(mode="plain", plain_because="generate() raised before it came to a loop")
 
     def _loop(
         self,

@@ -21,8 +21,14 @@ def _minor(version: str) -> tuple[str, ...]:
     return tuple(version.partition("+")[0].split(".")[:2])
 
 
-def version_remedy() -> str:
-    """What to do about a release that behaves otherwise than the tested ones."""
+def version_remedy(installed: str) -> str:
+    """What to do about transformers ``installed``, which behaves otherwise than the tested releases."""
+    if is_tested("transformers", installed):
+        return (
+            "This spec_compile was tested with that release, so something else changes its generate() here: a library or line "
+            "that patches the model, its class or transformers. Take that out, or call generate() within "
+            "`with model.spec.disable():`."
+        )
     tested = " and ".join((", ".join(TESTED["transformers"][:-1]), TESTED["transformers"][-1]))
     newest = TESTED["transformers"][-1]
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from inspect import signature
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 import transformers
 from tiny import left_padded, tiny_model
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spec_compile import spec_compile
+from spec_compile import spec_compile, versions
+from spec_compile.errors import SpecCompileError
 from spec_compile.hf_integration.caches import RESULT_CACHE, cache_argument
+from spec_compile.hf_integration.generate import why_plain
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 NAME = cache_argument(LlamaForCausalLM.forward)  # in the installed release
@@ -67,8 +70,63 @@ def test_a_cache_of_another_name_is_known_by_its_type() -> None:
     assert torch.equal(text, plain_text()) and model.spec.stats().mode == "rounds"
 
 
-def test_an_input_that_the_caller_did_not_give_is_said_in_every_call_with_versions_and_remedy() -> None:
+def test_a_tested_release_is_never_what_to_install() -> None:
+    for installed in versions.TESTED["transformers"]:
+        assert "pip install" not in versions.version_remedy(installed) and "patches" in versions.version_remedy(installed)
+    assert "pip install 'transformers==" in versions.version_remedy("5.99.0")
+
+
+def test_a_model_whose_handle_was_deleted_is_compiled_again() -> None:
+    model = compiled(LlamaForCausalLM)
+    del model.spec
+    model = spec_compile(model, draft="ngram", min_ngram=1, num_steps=3, compile="none", adaptive=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(**left_padded(2, 9), **SETTINGS), plain_text())
+    assert model.spec.stats().mode == "rounds"
+    model.spec.remove()
+    assert type(model) is LlamaForCausalLM
+
+
+def test_a_call_that_raises_before_its_loop_has_no_figures_of_the_one_before() -> None:
+    model = compiled(LlamaForCausalLM)
+    model.generate(**left_padded(2, 9), **SETTINGS)
+    with pytest.raises(ValueError):
+        model.generate(**left_padded(2, 9), do_sample=False, max_new_tokens=-1)
+    assert "raised before" in model.spec.stats().plain_because and model.spec.partial_sequences() is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "named"),
+    [
+        (torch.ones(1, 0, dtype=torch.int64), None, "empty prompts"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 0, 0]]), "rows whose attention_mask is all zeros"),
+        (torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 6), r"attention masks other than \[batch, prompt length\]"),
+    ],
+)
+def test_what_runs_plain_is_told_by_what_the_caller_gave(ids, mask, named) -> None:
+    """Of a mask of another length transformers makes positions, and cuts it before the loop sees it."""
+    prepared = {} if mask is None else {"attention_mask": mask[:, : ids.shape[1]], "position_ids": mask.cumsum(1) - 1}
+    given = {} if mask is None else {"attention_mask": mask}
+    assert re.match(named, why_plain(tiny_model("llama"), ids, GenerationConfig(max_length=20), False, prepared, given))
+
+
+def test_spec_compile_within_a_call_names_itself() -> None:
+    model, said = compiled(LlamaForCausalLM), []
+
+    def again(ids, scores, **_):
+        with pytest.raises(SpecCompileError) as error:
+            spec_compile(model, compile="none", progress=False)
+        said.append(str(error.value))
+        return torch.ones(len(ids), dtype=torch.bool)
+
+    model.generate(**left_padded(1, 9), stopping_criteria=[again], **SETTINGS)
+    assert said and said[0].startswith("spec_compile() of a compiled model from within generate()")
+
+
+def test_an_input_that_the_caller_did_not_give_is_said_in_every_call_with_versions_and_remedy(monkeypatch) -> None:
     model = compiled(InputAdded)
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
     for _ in range(3):
         with pytest.warns(UserWarning) as told:
             text = model.generate(**left_padded(2, 9), **SETTINGS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spec_compile import cli, doctor
-from spec_compile.errors import MissingDependencyError
+from spec_compile.errors import CaptureError, MissingDependencyError
 from spec_compile.hardware import Hardware
 from spec_compile.hf_integration import demo_model
+from spec_compile.hf_integration.capture import PLAIN_WORKS
 from spec_compile.ops import providers
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
@@ -125,6 +128,34 @@ def test_a_model_that_is_not_there_names_the_path(tmp_path, capsys):
     assert run("generate", str(tmp_path / "nothing"), "--prompt", "a") == 2
     error = capsys.readouterr().err
     assert error == f"error: MODEL_PATH {tmp_path / 'nothing'}: there is no such directory.\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "demo"])
+@pytest.mark.parametrize(
+    ("draft", "said"), [("ngarm", "--draft ngarm: did you mean 'ngram'?"), ("off", "--draft off: pass --draft none to draft ")]
+)
+def test_a_draft_that_cannot_be_one_ends_before_a_model_is_loaded(command, draft, said, monkeypatch, capsys):
+    def loading(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_load", loading)
+    monkeypatch.setattr(demo_model, "load_demo_model", loading)
+    assert run(command, "--prompt", "w1", "--draft", draft) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_paths_and_drafts_are_looked_at_before_torch_is_imported():
+    source = (
+        "import sys; from spec_compile import cli\n"
+        "codes = [cli.main(['generate', *argv, '--prompt', 'a']) for argv in (['/nope/at/all'], ['--draft', 'ngarm'])]\n"
+        "assert codes == [2, 2] and 'torch' not in sys.modules, codes"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+
+
+def test_a_refusal_says_nothing_of_what_only_a_script_can_leave_out():
+    said = cli._message(CaptureError(f"X cannot be captured: no.{PLAIN_WORKS}"))
+    assert "leave" not in said and said.endswith("its plain generate() still works.")
 
 
 def test_a_backend_that_cannot_is_said_with_options_that_can_be_typed(loaded, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 from test_cli import word_model, word_tokenizer
 from transformers.utils import logging as hf_logging
 
-from spec_compile import cli, demo, demo_report
+from spec_compile import cli, demo, demo_report, other_processes
 from spec_compile.demo_report import PromptResult
 from spec_compile.errors import MissingDependencyError, SpecCompileError
 from spec_compile.hf_integration import demo_model
@@ -173,11 +174,31 @@ def test_demo_samples(tiny, capsys):
     assert "same distribution" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("load", "noted"), [(0.4, False), (3.0, True)])
-def test_a_busy_machine_is_said(monkeypatch, load, noted):
+@pytest.mark.parametrize(("others", "noted"), [(0.4, False), (1.5, True), (None, False)])
+def test_a_busy_machine_is_said(monkeypatch, others, noted):
     monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(demo.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(demo, "cores_used_by_others", lambda: others)
     assert (demo._busy_note() is not None) == noted
+
+
+@pytest.mark.parametrize(("busy_ticks", "own_seconds", "others"), [(300, 3.0, 0.0), (300, 1.0, 2.0), (0, 0.0, 0.0)])
+def test_what_others_use_is_measured_now(tmp_path, monkeypatch, busy_ticks, own_seconds, others):
+    """The load average of the minute before would count an installation that has ended, and what we use is not others'."""
+    stat, own, clock = tmp_path / "stat", [5.0, 1.0], [0.0]
+
+    def a_second_passes(_: float) -> None:
+        clock[0] += 1.0
+        own[0] += own_seconds
+        stat.write_text(f"cpu  {1000 + busy_ticks} 20 30 99999 777 4 5 6 0 0\n")
+
+    stat.write_text("cpu  1000 20 30 40 50 4 5 6 0 0\n")
+    monkeypatch.setattr(other_processes, "_STAT", stat)
+    monkeypatch.setattr(other_processes.os, "sysconf", lambda name: 100, raising=False)
+    monkeypatch.setattr(other_processes.os, "times", lambda: types.SimpleNamespace(user=own[0], system=own[1]))
+    monkeypatch.setattr(other_processes, "time", types.SimpleNamespace(sleep=a_second_passes, monotonic=lambda: clock[0]))
+    assert other_processes.cores_used_by_others() == pytest.approx(others)
+    stat.unlink()
+    assert other_processes.cores_used_by_others() is None, "another system"
 
 
 def test_built_in_prompts_are_used_without_a_prompt(tiny, monkeypatch, capsys):

@@ -143,6 +143,17 @@ def test_a_model_in_a_bin_file_of_either_kind_is_a_draft(tmp_path: Path, zipped:
     assert all(torch.equal(value, loaded[name]) for name, value in draft.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_file_of_a_causal_lm_is_named(name: str, tmp_path: Path):
+    target = tiny_model("llama", num_hidden_layers=1)
+    target.config.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(b"garbage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if name == "model.safetensors" else "ignore")
+        with pytest.raises(DraftError, match=name.replace(".", r"\.")):
+            spec_compile(target, draft=str(tmp_path), compile="none", progress=False)
+
+
 def test_what_does_not_fit_is_named(saved: tuple[Path, Eagle3Head]):
     directory, head = saved
     for edits, text in [

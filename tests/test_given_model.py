@@ -80,6 +80,43 @@ def test_a_ddp_model_is_told_what_to_pass(one_process):
     assert_equal_in("rounds", spec_compile(wrapped.module, **OPTIONS))
 
 
+def _forward_compiled(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def _compiled_in_place(module: nn.Module) -> None:
+    module.compile(backend="eager")
+
+
+@pytest.mark.parametrize("compile_it", [_forward_compiled, _compiled_in_place])
+@pytest.mark.parametrize("path", ["", "model.layers.0"])
+@pytest.mark.parametrize("behind", [False, True], ids=["before spec_compile()", "and behind it"])
+def test_modules_that_torch_compiles_are_seen_through(compile_it, path: str, behind: bool):
+    """``model.forward = torch.compile(model.forward)`` is how transformers' guides write it; plain calls keep running it."""
+    model, inputs = small(), left_padded(2, 11)
+    expected = model.generate(**inputs, **CALL)
+    if not behind:
+        compile_it(model.get_submodule(path))
+    spec_compile(model, **OPTIONS)
+    if behind:
+        compile_it(model.get_submodule(path))
+    assert torch.equal(model.generate(**inputs, **CALL), expected)
+    assert model.spec.stats().mode == "rounds"
+    compiled = vars(model.get_submodule(path))
+    assert "forward" in compiled or "_compiled_call_impl" in compiled
+
+
+def test_a_forward_of_the_users_behind_torch_compile_is_captured():
+    model, inputs = small(), left_padded(2, 11)
+    norm = model.model.norm
+    norm.forward = types.MethodType(lambda self, states: type(self).forward(self, states) * 0.5, norm)
+    expected = model.generate(**inputs, **CALL)
+    norm.forward = torch.compile(norm.forward, backend="eager")
+    spec_compile(model, **OPTIONS)
+    assert torch.equal(model.generate(**inputs, **CALL), expected)
+    assert model.spec.stats().mode == "rounds"
+
+
 def test_what_holds_no_model_is_told_what_to_pass():
     for other in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), "path/to/model", None):
         with pytest.raises(ConfigError, match=r"object: pass a transformers causal language model\.$"):

@@ -30,7 +30,7 @@ HUGGING_FACE = {
     *transformers_private.PRIVATE_NOTES,
 }  # fmt: skip
 TABLES = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
-TORCH = {*TABLES, "_schema", "_init_fn", "_orig_mod"}  # attributes of modules and ops
+TORCH = {*TABLES, "_schema", "_init_fn", "_orig_mod", "_compiled_call_impl"}  # attributes of modules and ops
 
 
 def private_names(source: str) -> list[str]:

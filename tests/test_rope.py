@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 from tiny import left_padded, tiny_model
+from transformers import GenerationConfig
 
 from spec_compile import spec_compile
 from spec_compile.errors import CaptureError
+from spec_compile.hf_integration.generate import why_plain
 from spec_compile.hf_integration.rope import fixed_rope_length
 
 _FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 0.7 * i for i in range(8)]}
@@ -29,6 +31,20 @@ def test_longrope_equals_plain_generate_on_both_sides_of_the_switch(new_tokens: 
         pytest.skip(f"transformers {transformers.__version__} branches on the positions: {error}")
     assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens), expected)
     assert model.spec.stats().mode == mode
+
+
+def test_a_switch_within_the_look_ahead_is_said_as_it_is():
+    model = phi3()
+    model.config.rope_parameters = {**LONGROPE, "original_max_position_embeddings": 32}
+    settings = GenerationConfig(max_length=20)
+    reason = why_plain(model, torch.ones(1, 4, dtype=torch.int64), settings, False, {}, {})
+    assert reason is not None and "change within the first 64 tokens" in reason
+
+
+def test_frequencies_that_follow_every_token_are_refused_by_name():
+    model = tiny_model("llama", num_hidden_layers=1, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(CaptureError, match=r"its rotary embedding model\.rotary_emb is of type 'dynamic'"):
+        spec_compile(model, compile="none", progress=False)
 
 
 def test_which_configs_have_a_fixed_length():

@@ -28,7 +28,7 @@ from spec_compile.hf_integration.checkpoints.eagle3_safeailab import read_eagle3
 from spec_compile.hf_integration.checkpoints.eagle3_speculators import read_eagle3_speculators
 from spec_compile.hf_integration.checkpoints.files import files_by_name
 from spec_compile.hf_integration.checkpoints.mtp import holds_mtp_for, load_mtp_head
-from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, read_checkpoint, read_config
+from spec_compile.hf_integration.checkpoints.tensors import DraftCheckpoint, read_checkpoint, read_config, read_names
 from spec_compile.hf_integration.heads.draft_head import DraftHead
 from spec_compile.hf_integration.heads.mtp import MtpLayers
 
@@ -105,6 +105,9 @@ def _files_of_any_model(name: str) -> Mapping[str, str]:
     try:
         return files_by_name(name)
     except DraftError as error:
+        whole = Path(name) / "model.safetensors"
+        if whole.is_file():
+            read_names(whole)  # transformers would read this very file: if it is the damaged one, that is the answer
         warnings.warn(f"spec_compile: taken for a causal LM, its tensors could not be looked at: {error}", stacklevel=2)
         return {}
 

@@ -23,6 +23,7 @@ __all__ = [
     "Node",
     "Provider",
     "as_lowered",
+    "delta_ops",
     "load",
     "load_for",
     "lowered_op",
@@ -60,6 +61,11 @@ def names(node: Node) -> tuple[str, ...]:
 def load(name: str, family: str = AttentionNode.FAMILY) -> Provider:
     """The module of a family's provider called ``name``; raises ``KeyError`` for an unknown name."""
     return importlib.import_module(REGISTRY[family][name])
+
+
+def delta_ops(name: str) -> tuple[str, ...]:
+    """The gated delta rules that provider ``name`` has kernels for; raises ``KeyError`` for an unknown name."""
+    return getattr(load(name, DeltaNode.FAMILY), "OPS", DeltaNode.OPS)
 
 
 def load_for(node: Node, name: str) -> Provider:

@@ -50,6 +50,7 @@ INSTALL = "pip install 'spec-compile[fla]'"
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KEY_DIM = 256
 _TUNED_FOR = 2048  # prompt tokens
+OPS = ("gdn_prefill",)  # of all delta rules; a provider that names none runs each
 _LOCK = threading.Lock()
 
 
@@ -70,7 +71,7 @@ def probe() -> Availability:
 
 def supports(node: DeltaNode, hardware: Hardware) -> str | None:
     """None when fla can run ``node`` on ``hardware``, otherwise the reason why not."""
-    if node.op != "gdn_prefill":
+    if node.op not in OPS:
         return "fla runs prompts only: it has no kernel that leaves the states of a window as they were"
     if not hardware.is_cuda:
         return f"fla's kernels need a CUDA or ROCm device, not {hardware.name}"

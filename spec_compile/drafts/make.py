@@ -194,7 +194,7 @@ def _load(name: str, target: PreTrainedModel) -> PreTrainedModel | MtpLayers:
         return head
     try:
         model, found = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
+    except Exception as error:  # weights of other shapes, damaged files: safetensors and pickle raise kinds of their own
         raise DraftError(
             f"draft={name!r} is none of 'ngram', 'mtp' and None, and no causal LM that transformers can load: {error}"
         ) from error
