@@ -287,7 +287,7 @@ def test_a_forced_provider_that_cannot_is_an_error_that_says_who_can(stubs):
     with pytest.raises(BackendError) as error:
         select_backend(four_layers("draft"), H200, {"draft": "torch"}, 64)
     text = str(error.value)
-    for part in ("backend='torch'", "attention in the draft graph", "layers 1;", "window 16", "sm90", "no sliding windows"):
+    for part in ("backend='torch'", "attention in the draft graph", "(layer 1;", "window 16", "sm90", "no sliding windows"):
         assert part in text
     assert "nearest that can is triton: backend={'draft': 'triton'}" in text
 

@@ -105,9 +105,9 @@ def _files_of_any_model(name: str) -> Mapping[str, str]:
     try:
         return files_by_name(name)
     except DraftError as error:
-        whole = Path(name) / "model.safetensors"
-        if whole.is_file():
-            read_names(whole)  # transformers would read this very file: if it is the damaged one, that is the answer
+        whole = [file for known in ("model.safetensors", "pytorch_model.bin") if (file := Path(name) / known).is_file()]
+        if whole:
+            read_names(whole[0])  # transformers would read this very file: if it is the damaged one, that is the answer
         warnings.warn(f"spec_compile: taken for a causal LM, its tensors could not be looked at: {error}", stacklevel=2)
         return {}
 
