@@ -87,6 +87,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
+def test_paths_of_the_first_release_stay_importable() -> None:
+    """Heads and checkpoints have folders of their own now; scripts name the files that were there before."""
+    from spec_compile.hf_integration import checkpoints, dflash, draft_checkpoint, draft_head, eagle3, mtp, mtp_checkpoint
+
+    assert checkpoints.detect.load_draft_head is draft_checkpoint.load_draft_head
+    assert checkpoints.mtp.load_mtp_head is mtp_checkpoint.load_mtp_head
+    assert issubclass(eagle3.Eagle3Head, draft_head.DraftHead) and issubclass(dflash.DFlashHead, draft_head.DraftHead)
+    assert issubclass(mtp.MtpHead, draft_head.DraftHead)
+
+
 def test_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
