@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_picture_with_colour_shades_accepted_drafts_and_changes_shade_each_round
     shaded = [(picture.plain[span.start : span.end], span.style) for span in picture.spans]
     assert [text for text, _ in shaded] == ["bc", "f"]
     assert shaded[0][1] != shaded[1][1]
+
+
+def test_the_saved_picture_shades_accepted_drafts_whatever_the_terminal(monkeypatch, tmp_path):
+    monkeypatch.setenv("NO_COLOR", "1")
+    words = {1: "Al", 2: "pha", 3: " be", 4: "ta"}
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    one = result("edit text", plain_tokens=[1, 2, 3, 4], spec_tokens=[1, 2, 3, 4], accept_lengths=[2, 1])
+    demo_report.save_svg(str(tmp_path / "picture.svg"), tokenizer, [one])
+    text = (tmp_path / "picture.svg").read_text(encoding="utf-8")
+    svg = ElementTree.fromstring(text)
+    said = ["".join(node.itertext()).replace("\xa0", " ").strip() for node in svg.iter() if node.tag.endswith("}text")]
+    assert "pha" in said, "the accepted draft is a piece of its own"
+    shades = {node.get("fill") for node in svg.iter() if node.tag.endswith("}rect")}
+    assert len(shades) > 2, "the terminal's own background, and a shade behind accepted drafts"
+    assert "edit text" in " ".join(said) and "accept length 1.50" in " ".join(said)
 
 
 def test_picture_stops_where_the_text_was_cut():

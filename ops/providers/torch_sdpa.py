@@ -210,7 +210,8 @@ def _short_prompts(bounds: list[int], window: int) -> bool:
 
 
 def _attend_prompts_together(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """All prompts in one SDPA call, padded at their ends, where no token of theirs looks."""
+    """q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv], all prompts in one SDPA call: they are padded at their ends,
+    where no token of theirs looks."""
     lengths = cu_seqlens.diff()  # [B]
     position = torch.arange(int(lengths.max()))
     inside = position < lengths[:, None]  # [B, S]
