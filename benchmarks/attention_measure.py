@@ -89,7 +89,7 @@ def expected_sample(problem: Problem, layer: int, row: int, head: int) -> Tensor
     caches = []
     for cache in problem.caches[layer]:
         pages_of_row = cache[pages, :, head : head + 1].double()
-        caches.append(torch.cat([torch.zeros_like(pages_of_row[:1]), pages_of_row]))  # page 0 is nobody's
+        caches.append(torch.cat([torch.zeros_like(pages_of_row[:1]), pages_of_row]))  # page 0 is the null page
     table = torch.arange(1, live + 1, dtype=torch.int32, device=problem.q.device)[None]
     heads = slice(head * cell.group, (head + 1) * cell.group)
     new = [problem.q[row : row + 1, :, heads], *(x[row : row + 1, :, head : head + 1] for x in (problem.k, problem.v))]

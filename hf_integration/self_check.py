@@ -182,7 +182,7 @@ def _captured_logits(graph: StageGraph, ids: Tensor, prompt: int) -> Tensor:
 
 
 def _caches(graph: StageGraph, capacity: int) -> dict[CacheSlot, Tensor]:
-    """Zeros for every cache and state of the graph: nobody's page or slot, and one of ``capacity`` tokens."""
+    """Zeros for every cache and state of the graph: the null page or slot, and one of ``capacity`` tokens."""
     caches: dict[CacheSlot, Tensor] = {}
 
     def add(node: fx.Node, *shape: int, dtype: torch.dtype) -> None:

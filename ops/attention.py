@@ -7,7 +7,7 @@ Strides: q, k and v need only a contiguous last dim; outputs are contiguous.
 A row's key/value slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``. Slots below
 ``cache_len[row]`` are committed; the window is written right behind them. Rolling back is not advancing ``cache_len``.
 
-Page 0 is nobody's page: padding rows point at it and may write it.
+Page 0 is the null page: it belongs to no row; padding rows point at it and may write it.
 
 A cache may be of a narrower type than the queries. What it holds is what everyone sees: the tokens of the call itself are
 attended to as the cache holds them, so that a window of N tokens and N single tokens read the same numbers.
@@ -65,7 +65,7 @@ def hide_broken(k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
     Masks are applied to scores, and a weight of 0 times a NaN is NaN: a refused draft whose values overflow would spoil the
     tokens before it. So where a head's values are not finite, its keys become NaN and its values 0: whoever sees that token
-    gets NaN as ever, by its score, and nobody else notices.
+    gets NaN as ever, by its score, and no other row notices.
 
     Args:
         k: [..., Hkv, D]; v: [..., Hkv, Dv].
@@ -84,7 +84,7 @@ def hide_broken_latent(kv: Tensor, v_dim: int, dtype: torch.dtype) -> Tensor:
 def cache_places(page_table: Tensor, row: Tensor, position: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """(page, offset) of positions of rows: two int64 tensors of the shape that ``row`` and ``position`` broadcast to.
 
-    What a row cannot hold goes to nobody's page.
+    What a row cannot hold goes to the null page.
 
     Args:
         page_table: int32 [B, M].

@@ -2,7 +2,7 @@
 
 Shapes: B rows, N window tokens, T packed prompt tokens, Hkv key/value heads, D head dim, P pages of ``page_size`` slots,
 M pages a row can hold. A row's slot ``s`` lives in page ``page_table[row, s // page_size]`` at offset ``s % page_size``;
-page 0 is nobody's page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0
+page 0 is the null page. Slots a row cannot hold (a finished row's window hanging over its last page) are written to page 0
 too, never to a live one. A cache of a narrower type takes what ``ops.attention.to_cache`` makes of the values.
 """
 

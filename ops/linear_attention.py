@@ -4,7 +4,7 @@ A verified window never touches the states. It leaves its inputs in the layer's 
 accepted path from there: no state per drafted token is ever stored, a tree costs what a chain costs, and a rejected draft
 cannot spoil anything. (SGLang and FlashInfer store one state a token: 2 MiB a layer and token for Qwen3-Next.)
 
-Shapes: B rows, N window tokens, T packed prompt tokens, S state slots (slot 0 is nobody's, for padding rows), W most window
+Shapes: B rows, N window tokens, T packed prompt tokens, S state slots (0 is the null slot, for padding rows), W most window
 tokens, L layers; Hk key heads of D, Hv value heads of Dv, Hv a multiple of Hk; C channels of the convolution over K taps.
 States are float32 and lie value-major, [Hv, Dv, D], as FlashInfer's.
 

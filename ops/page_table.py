@@ -34,7 +34,7 @@ def ring_pages(window: int, page_size: int, pages_per_row: int) -> int:
 def ring_page_table(page_table: Tensor, ring: int) -> Tensor:
     """The page table of layers whose rows have ``ring`` pages, from that of layers whose rows have one for every column.
 
-    Both pools give row r the pages behind nobody's (page 0) and the earlier rows': 1 + r * M … and 1 + r * R ….
+    Both pools give row r the pages behind the null page (page 0) and the earlier rows': 1 + r * M … and 1 + r * R ….
 
     Args:
         page_table: int32 [B, M]; of each row only the first page is read, 0 in padding rows.

@@ -255,7 +255,7 @@ def suppress_tokens(logits: Tensor, eos_ids: Tensor, cache_len: Tensor, min_len:
     """
     vocab_size = logits.shape[-1]
     inside = (eos_ids >= 0) & (eos_ids < vocab_size)
-    is_eos = torch.zeros(vocab_size + 1, dtype=torch.bool, device=logits.device)  # the last place is nobody's
+    is_eos = torch.zeros(vocab_size + 1, dtype=torch.bool, device=logits.device)  # the last place is no token's
     is_eos = is_eos.scatter(0, torch.where(inside, eos_ids, vocab_size), True)[:-1]  # [V]
     slot = torch.arange(logits.shape[1], device=logits.device) if depth is None else depth
     length = cache_len[:, None] + 1 + slot  # [B, N]

@@ -26,10 +26,10 @@ def has_effect(node: fx.Node) -> bool:
     if node.op == "call_function" and isinstance(node.target, OpOverload | OpOverloadPacket):
         op = node.target if isinstance(node.target, OpOverload) else node.target.default
         return schema_of(op).is_mutable  # our cache-writing ops
-    return _is_in_place(node) and not _writes_for_nobody(node)
+    return _is_in_place(node) and not _writes_what_is_never_read(node)
 
 
-def _writes_for_nobody(write: fx.Node) -> bool:
+def _writes_what_is_never_read(write: fx.Node) -> bool:
     """A write into memory that was allocated in the graph, and that only views and other writes ever touch.
 
     Whatever is not known to be an allocation or a view is taken for something that shares memory with a live tensor.

@@ -135,7 +135,7 @@ def _choose_preferred(node: Node, layers: tuple[int, ...], hardware: Hardware) -
             why = f"first of {', '.join(rule.providers)} on {hardware.arch}; {rule.reason}"
             return Choice(node.stage, node, layers, name, why, losers | _behind(name, losers, rule.providers, node, hardware))
         losers[name] = reason
-    raise _nobody(node, layers, hardware, losers)
+    raise _no_provider(node, layers, hardware, losers)
 
 
 def _behind(winner: str, losers: Mapping[str, str], order: tuple[str, ...], node: Node, hardware: Hardware) -> dict[str, str]:
@@ -153,7 +153,7 @@ def _choose_fastest(node: Node, layers: tuple[int, ...], hardware: Hardware, tun
     losers = {name: reason for name in order if (reason := refusal(name, node, hardware)) is not None}
     able = tuple(name for name in order if name not in losers)
     if not able:
-        raise _nobody(node, layers, hardware, losers)
+        raise _no_provider(node, layers, hardware, losers)
     if len(able) == 1:
         losers |= _behind(able[0], losers, order, node, hardware)
         return Choice(node.stage, node, layers, able[0], f"the only one that can on {hardware.arch}", losers)
@@ -171,7 +171,7 @@ def _choose_fastest(node: Node, layers: tuple[int, ...], hardware: Hardware, tun
     return Choice(node.stage, node, layers, winner, why, losers)
 
 
-def _nobody(node: Node, layers: tuple[int, ...], hardware: Hardware, losers: Mapping[str, str]) -> BackendError:
+def _no_provider(node: Node, layers: tuple[int, ...], hardware: Hardware, losers: Mapping[str, str]) -> BackendError:
     tried = "\n".join(f"  {name}: {reason}" for name, reason in losers.items())
     return BackendError(
         f"no provider for {call_in_words(node, layers)} on {hardware.arch}:\n{tried}\n"

@@ -28,7 +28,7 @@ def folded_slots(table: Tensor, lengths: Tensor, page_size: int) -> list[set[int
     """Cache slots (page * page_size + offset) of each pseudo row."""
     rows = []
     for pages, length in zip(table.tolist(), lengths.tolist(), strict=True):
-        assert all(page == 0 for page in pages[-(-length // page_size) :]), "pages behind the last are nobody's"
+        assert all(page == 0 for page in pages[-(-length // page_size) :]), "columns behind the last page name the null page"
         rows.append({pages[i // page_size] * page_size + i % page_size for i in range(length)})
         assert len(rows[-1]) == length
     return rows

@@ -140,7 +140,7 @@ def test_sampled_rows_repeat_and_do_not_depend_on_their_batch(model: PreTrainedM
 
 
 def test_two_models_with_heads_take_turns(reference: PreTrainedModel) -> None:
-    """Each reads its own target's states: hooks and buffers of one are nobody else's."""
+    """Each reads its own target's states: no other model uses the hooks and buffers of one."""
     other = tiny_model("llama", seed=5)
     pairs = [(compiled("tree"), reference), (compiled("dflash", seed=5), other), (compiled("chain", seed=5), other)]
     for rows in (1, 2, 1):

@@ -64,7 +64,7 @@ def pool(rows: int = 3, capacity: int = 64, page_size: int = 16) -> KVPool:
     return allocate(two, rows, capacity, page_size, CPU)
 
 
-def test_pages_belong_to_one_row_each_and_page_zero_to_nobody():
+def test_pages_belong_to_one_row_each_and_page_zero_to_none():
     table = pool().page_table
     assert table.shape == (3, 4) and table.dtype == torch.int32 and table.is_contiguous()
     assert sorted(table.flatten().tolist()) == list(range(1, 13))

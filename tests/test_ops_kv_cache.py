@@ -101,7 +101,7 @@ def test_kv_write_packed(page_size, cache_dtype, window):
             token += 1
     bounds = int32([0, *torch.tensor(lengths).cumsum(0).tolist()])
     assert kv_write_packed(k, v, k_cache, v_cache, table, bounds, window) is None
-    assert_same(k_cache[1:], expected_k[1:])  # page 0 is nobody's
+    assert_same(k_cache[1:], expected_k[1:])  # page 0 is the null page
     assert_same(v_cache[1:], expected_v[1:])
 
 

@@ -78,7 +78,7 @@ def test_opcheck(tree):
         tensor.nan_to_num_()
     w = random_window(3, 4, heads, torch.float32)
     mask = pack_mask(random_parents(3, 4, tree=True)) if tree else None
-    slots = torch.tensor([2, 1, 3], dtype=torch.int32)  # distinct: which row writes nobody's slot last is open
+    slots = torch.tensor([2, 1, 3], dtype=torch.int32)  # distinct: which row writes the null slot last is open
     y = ops.conv_verify(w.x, w.weight, None, pool.conv_state[1], pool.conv_window[1].clone(), slots, mask)
     qkv = [x.contiguous() for x in split(y, heads)]
     windows = (pool.state[1].clone(), pool.kv_window[1].clone(), pool.gate_window[1].clone(), slots, mask, 0.3)

@@ -145,7 +145,7 @@ def test_an_op_that_writes_a_cache_stays_even_if_its_result_is_not_used():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Work that is for nobody
+# Work whose result is not read
 
 
 def expanded_keys(x):

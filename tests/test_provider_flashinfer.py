@@ -292,7 +292,7 @@ def test_contract_with_a_float8_cache(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_a_window_over_the_last_page(tree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots that a row cannot hold are nobody's: the others count as in the generic op."""
+    """Slots that a row cannot hold belong to no row: the others count as in the generic op."""
     install(monkeypatch)
     problem = make_problem(Case((43, 20), 8, (4, 2), (16, 16), tree=tree, spare_columns=0), torch.float32, "cpu")
     table, lengths, mask = problem.rows

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("fresh_seed")
 
 
 def page_table(rows: int, page_size: int) -> Tensor:
-    """Shuffled pages; page 0 stays nobody's."""
+    """Shuffled pages; page 0 stays the null page."""
     pages = CAPACITY // page_size
     return (torch.randperm(rows * pages) + 1).view(rows, pages).to(torch.int32)
 
@@ -126,7 +126,7 @@ def test_projections_may_be_views_of_one_fused_result():
     compare(torch_sdpa.attention_torch, generic.attention, [*args, None, SCALE, 0, 0.0, None], slice(3, 5), 1e-10)
 
 
-def test_padding_rows_write_nobodys_page_only():
+def test_padding_rows_write_the_null_page_only():
     args = decode_args(3, 4)
     args[5][1:3], args[6][1:3] = 0, 0  # rows 1 and 2 pad
     before = args[3].clone(), args[4].clone()

@@ -134,7 +134,7 @@ def test_plain_rounds_between_drafted_ones_leave_no_gap(plan: SamplingPlan):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows that are done, and rows that are nobody's
+# Rows that are done, and padding rows
 
 
 def values(state: DecodeState) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def values(state: DecodeState) -> dict[str, Tensor]:
 
 
 def pools(engine: Engine) -> dict[tuple, Tensor]:
-    """Every cache's pages but nobody's."""
+    """Every cache's pages but the null page."""
     caches = {(number, *key): c for number, r in enumerate(engine.programs()) for key, c in r.pool.caches.items()}
     return {key: cache[1:].clone() for key, cache in caches.items()}
 
@@ -154,7 +154,7 @@ def same(before: dict, after: dict) -> bool:
 
 @pytest.mark.parametrize("plan", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("kind", ["ngram", "similar"])
-def test_rounds_over_padding_rows_change_nothing_but_nobodys_page(kind: str, plan: SamplingPlan):
+def test_rounds_over_padding_rows_change_nothing_but_the_null_page(kind: str, plan: SamplingPlan):
     engine = engine_for(kind, GPU_IN_NAME)
     engine.admit(request([9, 3], [10, 10], plan))  # pools that hold something
     engine._buffers.clear()

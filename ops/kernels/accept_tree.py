@@ -35,7 +35,7 @@ def _greedy_kernel(window_ptr, parents_ptr, target_ptr, emitted_ptr, path_ptr, l
     index, slot = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
     inside = index < N
     window = tl.load(window_ptr + row * N + index, mask=inside, other=0)
-    parents = tl.load(parents_ptr + row * N + index, mask=inside, other=-2)  # -2: nobody's child
+    parents = tl.load(parents_ptr + row * N + index, mask=inside, other=-2)  # -2: no slot's child
     target = tl.load(target_ptr + row * N + index, mask=inside, other=0)
     emitted = tl.zeros((BLOCK_E,), tl.int64)
     path = tl.full((BLOCK_E,), -1, tl.int32)
@@ -86,7 +86,7 @@ def _sampled_kernel(window_ptr, parents_ptr, probs_ptr, seed_ptr, position_ptr, 
         tl.store(counter_ptr + row, 0)  # ready for the next launch
         index, slot, which = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_S)
         window = tl.load(window_ptr + row * N + index, mask=index < N, other=0)
-        parents = tl.load(parents_ptr + index, mask=index < N, other=-2)  # -2: nobody's child
+        parents = tl.load(parents_ptr + index, mask=index < N, other=-2)  # -2: no slot's child
         emitted = tl.zeros((BLOCK_E,), tl.int64)
         path = tl.full((BLOCK_E,), -1, tl.int32)
         node, length = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)

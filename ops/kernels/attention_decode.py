@@ -71,7 +71,7 @@ def _attend_window(
         new_v = to_cache(new_v, v_cache_ptr.dtype.element_ty)
         if m_tile == 0:
             slot = prefix + col
-            column = slot // PAGE_SIZE  # what a row cannot hold goes to nobody's page
+            column = slot // PAGE_SIZE  # what a row cannot hold goes to the null page
             new_page = tl.load(table + column, mask=col_ok & (column < table_columns), other=0).to(tl.int64)
             slot = slot % PAGE_SIZE
             new_k_ptr = k_cache_ptr + new_page * stride_kcp + slot * stride_kcs

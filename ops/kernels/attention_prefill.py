@@ -206,7 +206,7 @@ def _prefill_kernel(
         column = position // PAGE_SIZE
         if HAS_WINDOW:  # what no later token sees is not kept: ``ops.attention.kept_in_window``
             row_ok = row_ok & (position >= length - window)
-        held = row_ok & (column < table_columns)  # what a row cannot hold goes to nobody's page
+        held = row_ok & (column < table_columns)  # what a row cannot hold goes to the null page
         page = tl.load(page_table_ptr + row.to(tl.int64) * stride_tb + column, mask=held, other=0).to(tl.int64)
         slot = position % PAGE_SIZE
         k_rows = k_ptr + position.to(tl.int64) * stride_kt

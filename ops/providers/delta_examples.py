@@ -21,7 +21,7 @@ def example_arguments(
 
     Args:
         num_tokens: tokens of the one prompt of a prefill node.
-        live: rows have slots of their own and everything is random; otherwise all rows are nobody's and all is zero.
+        live: rows have slots of their own and everything is random; otherwise all rows have the null slot and all is zero.
     """
     batch, tokens = node.batch or 1, node.num_tokens or num_tokens or 16
     hk, hv, d, dv = node.num_k_heads, node.num_v_heads, node.head_dim, node.v_head_dim

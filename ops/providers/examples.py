@@ -21,7 +21,7 @@ def example_arguments(
     Args:
         num_tokens: tokens of the one prompt of a prefill node.
         context: committed tokens of each row. Rows then have shuffled pages of their own and everything is random. None is
-            the cheapest call there is: rows are empty and lie in page 0, which is nobody's, and everything is zero.
+            the cheapest call there is: rows are empty and lie in the null page (page 0), and everything is zero.
     """
     batch, tokens = node.batch or 1, node.num_tokens or num_tokens or PROMPT_TOKENS
     hq, hkv, d, dv = node.num_q_heads, node.num_kv_heads, node.head_dim, node.v_head_dim

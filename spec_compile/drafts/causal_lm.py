@@ -76,7 +76,7 @@ class CausalLMDraft:
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         rows = state.cache_len.shape[0]
-        # Padding rows have cache_len 0; their window starts at slot 0 of nobody's page.
+        # Padding rows have cache_len 0; their window starts at slot 0 of the null page.
         start = (state.cache_len - 1).clamp(min=0)  # [B]
         last_two = (start[:, None] + torch.arange(2, device=start.device)).long()
         window = state.tokens.gather(1, last_two)  # [B, 2]

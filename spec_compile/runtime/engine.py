@@ -103,7 +103,7 @@ class Engine:
         self._buffers.clear()
         self.forget()  # before rounds are run over the cleared state
         self.prepare(self._buffers.rows(rows), request.plan)
-        self._plain_rounds, self.last_round = 0, None  # preparing ran rounds that were nobody's
+        self._plain_rounds, self.last_round = 0, None  # the warm-up's rounds belong to no request
         self._prefill(self.fill(rows, request), request)
         return self._buffers.rows(rows)
 

@@ -1,4 +1,4 @@
-"""The paged key/value pool of one model: a cache per layer and a page table. Page 0 is nobody's page.
+"""The paged key/value pool of one model: a cache per layer and a page table. Page 0 is the null page.
 
 Behind a sliding window a row has only as many pages as the window and a round need, and goes round them
 (``ops.page_table``). On a CPU a row is one page, which the reference reads as a view, so there every layer holds whole texts.

@@ -77,7 +77,7 @@ class DecodeState:
     """B rows of text in the making. ``tokens[b, : cache_len[b] + 1]`` is known; the last of these is the round's root.
 
     Padding rows, and every row before a request, are finished with ``cache_len`` 0 and a page table of zeros: a round
-    over them changes nothing but nobody's page, which is what lets graphs be warmed up and captured at any time.
+    over them changes nothing but the null page, which is what lets graphs be warmed up and captured at any time.
     """
 
     tokens: Tensor  # int64 [B, C]
@@ -87,7 +87,7 @@ class DecodeState:
     position_end: Tensor  # int32 [B], positions of a row that may be asked for: end_len, or fewer where the model has fewer
     min_len: Tensor  # int32 [B], tokens before which no row may end
     page_table: Tensor  # int32 [B, M]
-    state_slot: Tensor  # int32 [B], of recurrent states; 0 is nobody's
+    state_slot: Tensor  # int32 [B], of recurrent states; 0 is the null slot
     eos_ids: Tensor  # int64 [E], -1 matches nothing
     seed: Tensor  # int64 [B]
     temperature: Tensor  # float32 [B]

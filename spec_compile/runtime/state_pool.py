@@ -62,7 +62,7 @@ def _layer(node: fx.Node) -> int:
 
 @dataclass
 class StatePool:
-    """States of ``rows`` rows; row r has slot r + 1, slot 0 is nobody's.
+    """States of ``rows`` rows; row r has slot r + 1, slot 0 is the null slot.
 
     A window keeps its inputs, never a state a token: for Qwen3-Next's layers that is 28 KiB a token beside 2 MiB.
 

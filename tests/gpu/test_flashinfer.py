@@ -40,7 +40,7 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_a_window_over_the_last_page(tree: bool) -> None:
-    """Slots that a row cannot hold are nobody's: the others count as in the generic op."""
+    """Slots that a row cannot hold belong to no row: the others count as in the generic op."""
     problem = make_problem(Case((43, 20), 8, HEADS, DIMS, 16, tree=tree, spare_columns=0), torch.bfloat16, "cuda")
     table, lengths, mask = problem.rows
     table = table[:, :3].contiguous()  # 48 slots; the first row would need 51

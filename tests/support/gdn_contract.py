@@ -1,7 +1,7 @@
 """What every implementation of gated delta nets must do, against a token-by-token recurrence in float64.
 
 Fresh random inputs, ragged trees, rows whose slots are shuffled and one padding row; NaN in every state and window slot that
-is nobody's business, in outputs that were not written, and in window slots behind the window.
+must not be read, in outputs that were not written, and in window slots behind the window.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def random_pool(rows: int, window: int, heads: Heads, dtype: torch.dtype) -> Poo
     slots = 1 + torch.randperm(num_slots - 1)[:rows]
     live = torch.zeros(num_slots, dtype=torch.bool)
     live[slots] = True
-    live[0] = True  # nobody's slot is zero at first, and finite ever after
+    live[0] = True  # the null slot is zero at first, and finite ever after
     width = heads.key * heads.key_dim + heads.value * heads.value_dim
 
     def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -199,7 +199,7 @@ class Implementation:
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, times: int = 1) -> None:
     """Within ``times`` the rounding of ``dtype``, relative to the largest value."""
     bound = times * {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}[dtype]
-    assert torch.isfinite(actual).all(), "NaN: something that is nobody's business was read, or nothing was written"
+    assert torch.isfinite(actual).all(), "NaN: something that must not be read was read, or nothing was written"
     error = (actual.cpu().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
     assert error < bound, f"error {error:.1e}, bound {bound:.1e}"
 
