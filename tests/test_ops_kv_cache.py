@@ -168,7 +168,7 @@ def test_kv_commit(page_size):
         [0, 1, 2, 3, 4, 5],  # nothing moves
         [0, -1, -1, -1, -1, -1],  # only the root
         [0, 5, -1, -1, -1, -1],
-        [0, 3, 3, 5, 5, -1],  # not a path, but path[j] >= j is all that is promised
+        [0, 3, 3, 5, 5, -1],  # not a path, but only path[j] >= j is required
         [1, 2, 3, 4, 5, 5],
     ],
 )

@@ -1,4 +1,4 @@
-"""How the next round drafts: by what the source promises, what drafts brought so far, and what rounds cost."""
+"""How the next round drafts: by the match length, by what drafts brought so far, and by what rounds cost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def measured() -> DraftPolicy:
     return policy
 
 
-def taught(accept_length: int, promise: int | None = 2, rounds: int = 30) -> DraftPolicy:
-    """A measured policy whose full drafts of one promise ended at ``accept_length`` each time."""
+def taught(accept_length: int, match_length: int | None = 2, rounds: int = 30) -> DraftPolicy:
+    """A measured policy whose full drafts of one match length ended at ``accept_length`` each time."""
     policy = measured()
     for _ in range(rounds):
-        policy.observe(promise, FULL, [accept_length], MS[FULL])
+        policy.observe(match_length, FULL, [accept_length], MS[FULL])
     return policy
 
 
@@ -49,11 +49,11 @@ def test_short_matches_are_tried_with_short_drafts_and_long_ones_with_long():
     assert policy.choose(9) == FULL
 
 
-@pytest.mark.parametrize("promise", [2, None])
+@pytest.mark.parametrize("match_length", [2, None])
 @pytest.mark.parametrize("accept_length,shape", [(1, PLAIN), (2, SHORT), (6, FULL)])
-def test_the_shape_with_most_expected_tokens_per_second_wins(accept_length: int, shape: RoundShape, promise: int | None):
+def test_the_shape_with_most_expected_tokens_per_second_wins(accept_length: int, shape: RoundShape, match_length: int | None):
     """Refused at once, after one token, or never: no draft, a short one, a full one."""
-    assert taught(accept_length, promise).choose(promise) == shape
+    assert taught(accept_length, match_length).choose(match_length) == shape
 
 
 def test_round_times_decide_too():
@@ -67,13 +67,13 @@ def test_round_times_decide_too():
 
 def test_shapes_not_measured_yet_are_guessed_from_those_that_were():
     policy = DraftPolicy((PLAIN, SHORT, FULL))
-    assert policy.choose(9) == FULL, "nothing is known: the promise decides"
+    assert policy.choose(9) == FULL, "nothing is known: the match length decides"
     policy.observe(9, FULL, [1], 150.0)
     assert policy.cost(PLAIN) == pytest.approx(100.0) and policy.cost(SHORT) == pytest.approx(120.0)
 
 
 def test_classes_of_proposals_are_judged_apart():
-    policy = taught(1, promise=1)
+    policy = taught(1, match_length=1)
     for _ in range(10):
         policy.observe(4, FULL, [6], MS[FULL])
     assert policy.choose(1) == PLAIN and policy.choose(4) == FULL
@@ -153,7 +153,7 @@ def test_a_loser_gets_another_chance_now_and_then_and_a_cheap_one():
 
 def test_a_losing_draft_model_rests_longer_each_time():
     """So that drafting where it does not pay costs next to nothing: here one round in fifty is a probe."""
-    policy = taught(1, promise=None)
+    policy = taught(1, match_length=None)
     choices = []
     for _ in range(3000):
         shape = policy.choose(None)
@@ -165,14 +165,14 @@ def test_a_losing_draft_model_rests_longer_each_time():
     assert len(probes) < 60 and gaps == sorted(gaps) and gaps[-1] > 250
 
 
-@pytest.mark.parametrize("promise", [2, None])
-def test_a_text_that_turns_easy_is_drafted_again(promise: int | None):
-    policy = taught(1, promise)
+@pytest.mark.parametrize("match_length", [2, None])
+def test_a_text_that_turns_easy_is_drafted_again(match_length: int | None):
+    policy = taught(1, match_length)
     chosen = []
     for _ in range(160):
-        shape = policy.choose(promise)
+        shape = policy.choose(match_length)
         chosen.append(shape)
-        policy.observe(promise, shape, [shape.num_steps + 1], MS[shape])
+        policy.observe(match_length, shape, [shape.num_steps + 1], MS[shape])
     assert chosen[0] == PLAIN and chosen[-1] == FULL
 
 

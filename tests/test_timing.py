@@ -57,5 +57,5 @@ def test_a_rounds_milliseconds_reach_to_the_next_rounds_start():
 
 def test_rows_that_end_within_their_window_were_not_refused():
     """Cut off by the length asked for: what was drafted behind it was judged, but nobody can tell how."""
-    result = RoundResult([[5], [5, 6, 7], [5, 6], []], [True, True, False, True], drafted=2, promise=[3] * 4)
+    result = RoundResult([[5], [5, 6, 7], [5, 6], []], [True, True, False, True], drafted=2, match_length=[3] * 4)
     assert _accept_lengths(result, [0, 1, 2, 3], chain(2)) == [3, 2]

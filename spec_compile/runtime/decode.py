@@ -24,14 +24,14 @@ class RoundResult:
         tokens: per row, the appended ids (empty for a finished row).
         finished: per row, whether it is finished now.
         drafted: tokens that had been drafted; 0 for prefill and plain rounds.
-        promise: the look-ahead of each row, for the policy.
+        match_length: how many tokens each row's next proposal has matched, 0 for a draft that has no match length.
         no_law: rows that stopped in this round, because the target's law of their next token is not finite.
     """
 
     tokens: list[list[int]]
     finished: list[bool]
     drafted: int
-    promise: list[int]
+    match_length: list[int]
     no_law: list[int] = field(default_factory=list)
 
 
@@ -85,7 +85,7 @@ def _read(out: Tensor, batch: int, drafted: int) -> RoundResult:
         finished=[row[-2] != GOING_ON for row in table],
         no_law=[i for i, row in enumerate(table) if row[-2] == NO_LAW],
         drafted=drafted,
-        promise=[row[-1] for row in table],
+        match_length=[row[-1] for row in table],
     )
 
 
@@ -96,22 +96,22 @@ def _decode_sync(
     policy = engine.policy(state, request.plan)
     while not all(last.finished):
         live = [i for i, done in enumerate(last.finished) if not done]
-        promise = _promise(engine, last, live)
-        shape = policy.choose(promise)
+        match_length = _match_length(engine, last, live)
+        shape = policy.choose(match_length)
         begin = time.perf_counter()
         engine.launch(state, request.plan, shape)
         last = _read(state.out, len(request.prompts), shape.num_steps)
         seconds = time.perf_counter() - begin
-        policy.observe(promise, shape, _accept_lengths(last, live, shape), seconds * 1e3)
+        policy.observe(match_length, shape, _accept_lengths(last, live, shape), seconds * 1e3)
         timing.decode += seconds
         timing.rounds += 1
         yield last
 
 
-def _promise(engine: Engine, last: RoundResult, live: list[int]) -> int | None:
-    """What the most promising row's source says of its proposal; None from a source that cannot tell."""
+def _match_length(engine: Engine, last: RoundResult, live: list[int]) -> int | None:
+    """The longest match length of a live row's next proposal; None for a draft that has no match length."""
     knows = engine.draft is not None and engine.draft.reports_match_length
-    return max((last.promise[i] for i in live), default=0) if knows else None
+    return max((last.match_length[i] for i in live), default=0) if knows else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Flight:
     """A launched round whose result the host has not read."""
 
     shape: RoundShape
-    promise: int | None
+    match_length: int | None
     begin: torch.cuda.Event
     end: torch.cuda.Event
     slot: int
@@ -147,9 +147,9 @@ def _decode_async(
     step = 0
     while not all(last.finished):
         live = [i for i, done in enumerate(last.finished) if not done]
-        promise = _promise(engine, last, live)  # of the round before the one in flight: a round late
+        match_length = _match_length(engine, last, live)  # of the round before the one in flight: a round late
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flight = _Flight(policy.choose(promise), promise, begin, end, step % 2)
+        flight = _Flight(policy.choose(match_length), match_length, begin, end, step % 2)
         begin.record()
         engine.launch(state, request.plan, flight.shape)
         slots[flight.slot].copy_(state.out, non_blocking=True)
@@ -162,7 +162,7 @@ def _decode_async(
             timing.waiting += time.perf_counter() - waiting
             last = _read(slots[pending.slot], batch, pending.shape.num_steps)
             lengths = _accept_lengths(last, live, pending.shape)
-            policy.observe(pending.promise, pending.shape, lengths, pending.begin.elapsed_time(pending.end))
+            policy.observe(pending.match_length, pending.shape, lengths, pending.begin.elapsed_time(pending.end))
             timing.rounds += 1
             timing.decode = time.perf_counter() - started
             yield last

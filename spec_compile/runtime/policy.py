@@ -14,7 +14,7 @@ _PRIOR_WEIGHT = 2.0  # rows whose draft was seen that the prior is worth: many r
 _PRIOR_RATE = 0.6  # acceptance of a draft model nobody has watched yet
 _PROBES = 3  # rounds that try a draft model again
 _SHORTEST_REST, _LONGEST_REST = 32, 256  # plain rounds before they do; doubled while it goes on losing
-_MARGIN = 1.05  # by which a draft model must promise more than plain rounds: its rows end apart, and the last run almost alone
+_MARGIN = 1.05  # plain rounds' advantage over a draft model, whose rows end at different times: the last ones run almost alone
 _PROBE_BUDGET = 0.01  # share of the time that may go into trying the widest shape while another one does better
 
 
@@ -22,14 +22,15 @@ _PROBE_BUDGET = 0.01  # share of the time that may go into trying the widest sha
 class DraftPolicy:
     """Choose the round shape with the most expected tokens per second.
 
-    Expected tokens come from the acceptance seen at each draft position, apart for chains and trees and for proposals that
-    their source calls more or less promising (for n-grams: the length of the match). A match of m tokens starts at
-    m / (m + 1); a position never reached is taken to be like the one before it. Windows of a few tokens cost hardly more than
-    one on a CPU, so a short draft is how a doubtful source is tried.
+    Expected tokens come from the acceptance seen at each draft position. It is counted separately for chains and for trees,
+    and for each match length: how many tokens of the text an n-gram draft matched before it copied on. After a match of m
+    tokens, a draft is first taken to be accepted with probability m / (m + 1); a position that was never reached is taken to
+    be like the one before it. On a CPU, a window of a few tokens costs hardly more than one token, so a draft of unknown
+    quality is tried with few drafts.
 
-    A source that promises nothing (a draft model) and loses against plain decoding rests, longer each time it loses again.
-    While a shorter shape than was asked for does best, the one asked for is tried again at times: what a short chain brings
-    does not show what a deep one or a tree would.
+    A draft model has no match length. If it is slower than plain decoding, it rests for some rounds; each time it loses again,
+    it rests longer. While a shorter shape than the one asked for does best, the one asked for is tried again from time to
+    time, because the acceptance of a short chain does not show that of a long chain or a tree.
 
     Attributes:
         shapes: what a round may be, plain decoding first if that is a choice.
@@ -45,12 +46,12 @@ class DraftPolicy:
     rest: int = _SHORTEST_REST
     passed_over: int = 0  # rounds since the widest shape was last drafted
 
-    def choose(self, promise: int | None) -> RoundShape:
+    def choose(self, match_length: int | None) -> RoundShape:
         """The shape of the next round.
 
-        A promise of 0 gets the fewest drafts; None is a source that cannot tell.
+        A match length of 0 gets the fewest drafts; None comes from a draft that has no match length.
         """
-        if promise == 0 or len(self.shapes) == 1:
+        if match_length == 0 or len(self.shapes) == 1:
             return self.shapes[0]
         if self.resting > 0:
             self.resting -= 1
@@ -59,18 +60,18 @@ class DraftPolicy:
         if self.probing > 0:
             self.probing -= 1
             return self.probe
-        best = max(self.shapes, key=lambda shape: self._worth(promise, shape))
-        if promise is None and best.num_steps == 0:
+        best = max(self.shapes, key=lambda shape: self._worth(match_length, shape))
+        if match_length is None and best.num_steps == 0:
             self.resting, self.rest = self.rest - 1, min(2 * self.rest, _LONGEST_REST)
-        elif promise is None:
+        elif match_length is None:
             self.rest = _SHORTEST_REST
             self._probe_widest(best)
         return best
 
-    def _worth(self, promise: int | None, shape: RoundShape) -> float:
+    def _worth(self, match_length: int | None, shape: RoundShape) -> float:
         """Tokens a millisecond, plain rounds' with their advantage."""
-        tokens = self.expected_tokens(promise, shape) / self.cost(shape)
-        return tokens * _MARGIN if promise is None and shape.num_steps == 0 else tokens
+        tokens = self.expected_tokens(match_length, shape) / self.cost(shape)
+        return tokens * _MARGIN if match_length is None and shape.num_steps == 0 else tokens
 
     def _probe_widest(self, best: RoundShape) -> None:
         """Let the next rounds try the widest shape if it has been passed over for so long that they cost next to nothing."""
@@ -80,36 +81,36 @@ class DraftPolicy:
         if self.passed_over >= max(_SHORTEST_REST, loss / _PROBE_BUDGET):
             self.passed_over, self.probing, self.probe = 0, _PROBES, widest
 
-    def observe(self, promise: int | None, shape: RoundShape, accept_lengths: list[int], ms: float | None) -> None:
+    def observe(self, match_length: int | None, shape: RoundShape, accept_lengths: list[int], ms: float | None) -> None:
         """Learn from a finished round: the accept length of each of its live rows, and its time if that is known."""
         if ms is not None:
             old = self.round_ms.get(shape)
             self.round_ms[shape] = ms if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * ms
-        if promise == 0 or not accept_lengths:
+        if match_length == 0 or not accept_lengths:
             return
-        if shape.num_steps > 0 or promise is not None:  # a draft model that rests has its probes
+        if shape.num_steps > 0 or match_length is not None:  # a draft model that rests has its probes
             for key, known in self.seen.items():
                 untold = shape.num_steps if key[1] == shape.is_tree else 0  # a plain round is a chain of none
-                for position in known[untold:] if key[0] == promise else ():
+                for position in known[untold:] if key[0] == match_length else ():
                     position.fade()
         if shape.num_steps == 0:
             return
-        positions = self._positions(promise, shape)
+        positions = self._positions(match_length, shape)
         for index in range(shape.num_steps):
             tried = [length for length in accept_lengths if length >= 1 + index]  # what follows a refused draft was not
             if not tried:
                 break
             positions[index].add(sum(length > 1 + index for length in tried), len(tried))
 
-    def _positions(self, promise: int | None, shape: RoundShape) -> list[_Position]:
+    def _positions(self, match_length: int | None, shape: RoundShape) -> list[_Position]:
         longest = max(known.num_steps for known in self.shapes)
-        return self.seen.setdefault((promise, shape.is_tree), [_Position() for _ in range(longest)])
+        return self.seen.setdefault((match_length, shape.is_tree), [_Position() for _ in range(longest)])
 
-    def expected_tokens(self, promise: int | None, shape: RoundShape) -> float:
+    def expected_tokens(self, match_length: int | None, shape: RoundShape) -> float:
         """Tokens that a round of ``shape`` emits on average, the bonus token included."""
         tokens = reach = 1.0
-        rate = _PRIOR_RATE if promise is None else promise / (promise + 1)
-        positions = self.seen.get((promise, shape.is_tree)) or self.seen.get((promise, not shape.is_tree), ())
+        rate = _PRIOR_RATE if match_length is None else match_length / (match_length + 1)
+        positions = self.seen.get((match_length, shape.is_tree)) or self.seen.get((match_length, not shape.is_tree), ())
         for index in range(shape.num_steps):
             if index < len(positions):
                 rate = positions[index].rate(prior=rate)

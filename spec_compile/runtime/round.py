@@ -163,10 +163,10 @@ def commit(draft: Draft | None, state: DecodeState, accepted: Accepted, start: T
         accepted.law,
         accepted.path,
     )
-    promise = draft.look_ahead(state, Verified(start, count, states)) if draft is not None else None
+    match_length = draft.look_ahead(state, Verified(start, count, states)) if draft is not None else None
     state.out[:, : accepted.emitted.shape[1]].copy_(accepted.emitted)
     state.out[:, -3].copy_(count)
     state.out[:, -2].copy_(status)
-    if promise is not None:
-        state.out[:, -1].copy_(promise)
+    if match_length is not None:
+        state.out[:, -1].copy_(match_length)
     return count

@@ -95,7 +95,7 @@ class DecodeState:
     top_p: Tensor  # float32 [B]
     min_p: Tensor  # float32 [B]
     next_draft: Tensor  # int64 [B, K], drafts that look_ahead found
-    out: Tensor  # int64 [B, K + 4]: emitted tokens [K + 1], how many of them count, status (ops.accept), look-ahead
+    out: Tensor  # int64 [B, K + 4]: emitted tokens [K + 1], how many of them count, status (ops.accept), match length
 
     def positions(self, cache_len: Tensor, num_tokens: int) -> Tensor:
         """Positions of a window behind ``cache_len``: int64 [B, N]. Slots past a row's end repeat its last position, so
