@@ -17,7 +17,7 @@ from spec_compile.hf_integration.caches import RESULT_CACHE
 from spec_compile.hf_integration.loop_methods import replaced_loop_method
 from spec_compile.hf_integration.own_attention import own_attention
 from spec_compile.hf_integration.processors import read_processors
-from spec_compile.hf_integration.rope import LOOK_AHEAD, fixed_rope_length
+from spec_compile.hf_integration.rope import LONGEST_WINDOW, fixed_rope_length
 from spec_compile.hf_integration.transformers_private import pad_token
 from spec_compile.ops.torch_private import dynamo_switch
 
@@ -116,7 +116,7 @@ def why_plain(
         return "empty prompts are not accelerated"
     fixed = fixed_rope_length(model.config.get_text_config(decoder=True))
     if fixed == 0:
-        return f"this model's rotary frequencies change within the first {LOOK_AHEAD} tokens, and graphs look as far ahead"
+        return f"this model's rotary frequencies change within the first {LONGEST_WINDOW} tokens, which a draft window may pass"
     if fixed is not None and generation_config.max_length > fixed:
         return f"texts that may pass {fixed} tokens, near where this model's rotary frequencies change, are not accelerated"
     caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]  # by type: their name has changed before

@@ -14,7 +14,7 @@ from spec_compile.errors import DraftError
 # Their frequencies follow the largest position of a forward: Phi-3's longrope switches factors (and generate() recomputes
 # the whole cache at that point), dynamic NTK rescales with every token. A verified window looks ahead of the text.
 _SWITCHING = ("longrope", "dynamic")
-LOOK_AHEAD = 64  # positions; SpecConfig allows windows of 63 drafts
+LONGEST_WINDOW = 64  # tokens: the root and 63 drafts, the most that SpecConfig allows
 _BASE = 10000.0  # of a config that names none, in every engine
 
 
@@ -29,7 +29,7 @@ def fixed_rope_length(config: PretrainedConfig) -> int | None:
         for p in per_layer_type or [parameters]
         if p.get("rope_type") in _SWITCHING
     ]
-    return max(0, min(lengths) - LOOK_AHEAD) if lengths else None
+    return max(0, min(lengths) - LONGEST_WINDOW) if lengths else None
 
 
 def follows_every_token(model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""What EAGLE rounds leave behind: caches and look-ahead as a plain forward over the final text would make them, and, behind a
+"""What EAGLE rounds leave behind: caches and first drafts as a plain forward over the final text would make them, and, behind a
 head that knows the text, the fewest rounds there can be."""
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def rounds(engine: Engine, state: DecodeState, plan: SamplingPlan, most: int) ->
 
 @torch.no_grad()
 def check_row(engine: Engine, state: DecodeState, row: int) -> None:
-    """Target's cache, head's cache, and the look-ahead of one row against plain forwards over its text. Of a row that is
-    done, rounds overwrite the look-ahead, which nobody reads then."""
+    """Target's cache, head's cache, and what ``extend`` kept for one row, against plain forwards over its text. Rounds
+    overwrite what ``extend`` kept for a row that is done; it is not read again."""
     length = int(state.cache_len[row])
     text = state.tokens[row, : length + 1]
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -133,7 +133,7 @@ def taught(engine: Engine, wanted: Request, **settings: object) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_caches_and_look_ahead_equal_plain_forwards_over_the_final_text(case: tuple) -> None:
+def test_caches_and_first_drafts_equal_plain_forwards_over_the_final_text(case: tuple) -> None:
     check_to_the_end(engine_for(*case))
 
 
@@ -193,7 +193,7 @@ def test_a_head_that_keeps_its_own_states_is_found(monkeypatch: pytest.MonkeyPat
     """The control of the tests above: entries that drafting made of the head's own states, for tokens that were accepted,
     look right in everything but their numbers."""
     engine = engine_for("llama", "3/1/4")
-    honest = EagleDraft.look_ahead
+    honest = EagleDraft.extend
 
     def forgetful(self: EagleDraft, state: DecodeState, verified: Verified) -> None:
         caches = {key: cache.clone() for key, cache in self.programs[0].pool.caches.items()}
@@ -209,7 +209,7 @@ def test_a_head_that_keeps_its_own_states_is_found(monkeypatch: pytest.MonkeyPat
     state = engine.admit(wanted)
     assert any(n > 1 for counts in rounds(engine, state, GREEDY, 20) for n in counts)
     check_row(engine, state, 0)
-    monkeypatch.setattr(EagleDraft, "look_ahead", forgetful)
+    monkeypatch.setattr(EagleDraft, "extend", forgetful)
     state = engine.admit(wanted)
     assert any(n > 1 for counts in rounds(engine, state, GREEDY, 20) for n in counts)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):

@@ -56,7 +56,7 @@ def test_ngram_drafts(reference: PreTrainedModel, model: PreTrainedModel, monkey
         seen |= {length for row in model.spec.stats().accept_lengths for length in row}
         mask = left_padded(batch, prompt, seed=batch)["attention_mask"]
         with monkeypatch.context() as patch:
-            patch.setattr(NgramDraft, "look_ahead", looked_up(text, mask))
+            patch.setattr(NgramDraft, "extend", looked_up(text, mask))
             assert_same_text(reference, model, batch)
             ends = ids_inside_windows(text, model.spec.stats().accept_lengths, prompt)
             assert ends, "an end-of-sequence id has to fire inside a window"

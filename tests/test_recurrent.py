@@ -57,7 +57,7 @@ def test_eagle3_trees(compiled: Compiled) -> None:
 
 
 def test_ngram_drafts(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
+    monkeypatch.setattr(NgramDraft, "extend", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
     engine = compiled.model.spec._engine
     draft = NgramDraft(chain(5), min_ngram=1, max_ngram=3)
     monkeypatch.setattr(compiled.model.spec, "_engine", Engine(engine.target, draft, engine.config))
@@ -116,7 +116,7 @@ def test_processors_run_in_lockstep(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = left_padded(3, PROMPT, seed=1)
     settings = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
     plain = reference.generate(**inputs, **settings)
-    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(plain, inputs["attention_mask"]))
+    monkeypatch.setattr(NgramDraft, "extend", looked_up(plain, inputs["attention_mask"]))
     spec_compile(model, draft="ngram", num_steps=3, compile="none", adaptive=False)
     assert torch.equal(model.generate(**inputs, **settings), plain)
     assert model.spec.stats().mode == "lockstep" and accepted_and_refused(model)
@@ -132,7 +132,7 @@ def test_sampled_text_does_not_depend_on_drafts(monkeypatch: pytest.MonkeyPatch)
         return model, model.generate(**inputs, max_new_tokens=30, do_sample=True, temperature=0.3)
 
     _, alone = text(None)
-    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(alone, inputs["attention_mask"]))
+    monkeypatch.setattr(NgramDraft, "extend", looked_up(alone, inputs["attention_mask"]))
     model, drafted = text("ngram")
     assert torch.equal(drafted, alone) and accepted_and_refused(model)
 

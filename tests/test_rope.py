@@ -33,7 +33,7 @@ def test_longrope_equals_plain_generate_on_both_sides_of_the_switch(new_tokens: 
     assert model.spec.stats().mode == mode
 
 
-def test_a_switch_within_the_look_ahead_is_said_as_it_is():
+def test_a_switch_within_the_first_draft_window_is_said_as_it_is():
     model = phi3()
     model.config.rope_parameters = {**LONGROPE, "original_max_position_embeddings": 32}
     settings = GenerationConfig(max_length=20)

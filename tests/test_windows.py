@@ -83,7 +83,7 @@ def test_eagle3_trees(compiled: Compiled) -> None:
 
 
 def test_ngram_drafts(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NgramDraft, "look_ahead", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
+    monkeypatch.setattr(NgramDraft, "extend", looked_up(compiled.texts, compiled.inputs["attention_mask"]))
     engine = compiled.model.spec._engine  # the windows are as wide as the chains', so nothing more is captured
     draft = NgramDraft(chain(5), min_ngram=1, max_ngram=3)
     monkeypatch.setattr(compiled.model.spec, "_engine", Engine(engine.target, draft, engine.config))

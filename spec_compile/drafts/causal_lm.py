@@ -108,7 +108,7 @@ class CausalLMDraft:
         q = plan.probabilities(logits[:, None], state)[:, 0]
         return torch.ops.spec_compile.sample_token(q, plan.draft_seed(state), position, DRAFT_STREAM), q
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
+    def extend(self, state: DecodeState, verified: Verified) -> None:
         return None
 
     def catch_up(self, state: DecodeState) -> None:

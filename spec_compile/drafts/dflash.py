@@ -56,7 +56,7 @@ class DFlashDraft:
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
         self.runner.fill(prompts, page_table, states)  # the target's groups are this large at most
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
+    def extend(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries; what is written behind them is not attended to before it is overwritten."""
         rows, num_tokens = verified.states.shape[:2]
         offsets = torch.arange(num_tokens, device=verified.start.device)

@@ -76,7 +76,7 @@ class EagleDraft:
     def prefill(self, prompts: list[Tensor], page_table: Tensor, states: Tensor, max_tokens: int, first_row: int) -> None:
         self.runner.fill(prompts, page_table, states, max_tokens)
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
+    def extend(self, state: DecodeState, verified: Verified) -> None:
         """Write the committed tokens' entries, made of the target's states, and keep what the newest one predicts.
 
         A plain round's only state is put aside instead: the head would cost more than it brings while nobody drafts.

@@ -113,7 +113,7 @@ class MtpLayersDraft:
                 break
             prompts, states = [prompt[1:] for prompt in prompts], torch.cat(filled)
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> None:
+    def extend(self, state: DecodeState, verified: Verified) -> None:
         """Run the first head over the committed tokens and the older positions, and keep what it says; see the module.
 
         A plain round's only state is put aside instead.

@@ -43,9 +43,9 @@ class NgramDraft:
         pass  # as in prefill
 
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
-        return Proposal(torch.cat([inputs.root, state.next_draft[:, : shape.num_steps]], 1))  # found by look_ahead
+        return Proposal(torch.cat([inputs.root, state.next_draft[:, : shape.num_steps]], 1))  # found by extend
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor:
+    def extend(self, state: DecodeState, verified: Verified) -> Tensor:
         tokens, match_length = torch.ops.spec_compile.ngram_propose(
             state.tokens, state.cache_len, self.shape.num_steps, self.min_ngram, self.max_ngram
         )

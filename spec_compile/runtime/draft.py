@@ -66,7 +66,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Verified:
-    """What a round committed, for a draft that looks ahead.
+    """What a round committed, for the draft's ``extend``.
 
     Attributes:
         start: int32 [B], ``cache_len`` before the commit: the position of the window's root.
@@ -90,7 +90,7 @@ class Draft(Protocol):
         programs: of its models, one each; empty without one.
         reach: slots behind a row's newest token that it may write.
         can_skip: rounds may leave it out, after which ``catch_up`` tells it of their tokens; else it drafts in every one.
-        reports_match_length: ``look_ahead`` says how good the next proposal is before it is made.
+        reports_match_length: ``extend`` says how many tokens the next proposal has matched.
     """
 
     kind: str
@@ -125,7 +125,7 @@ class Draft(Protocol):
     def propose(self, state: DecodeState, plan: SamplingPlan, shape: RoundShape, inputs: RoundInputs) -> Proposal:
         """Draft behind each row's root token."""
 
-    def look_ahead(self, state: DecodeState, verified: Verified) -> Tensor | None:
+    def extend(self, state: DecodeState, verified: Verified) -> Tensor | None:
         """Called when tokens were committed. int32 [B]: the length of the match that the next proposal continues, 0 for none;
         None of a draft that does not report it."""
 

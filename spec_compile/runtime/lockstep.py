@@ -129,7 +129,7 @@ def _advance(engine: Engine, state: DecodeState, transcript: Transcript, taken: 
     start = state.cache_len.clone()
     state.cache_len += taken
     if engine.draft is not None:
-        engine.draft.look_ahead(state, Verified(start, torch.full_like(start, taken), states))
+        engine.draft.extend(state, Verified(start, torch.full_like(start, taken), states))
 
 
 def _window(engine: Engine, state: DecodeState, transcript: Transcript, inputs: RoundInputs) -> Tensor:

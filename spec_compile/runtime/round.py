@@ -143,7 +143,7 @@ def _simulate(rates: Tensor, window: Tensor, tree: Tree | None, ids: Tensor, sta
 
 
 def commit(draft: Draft | None, state: DecodeState, accepted: Accepted, start: Tensor, states: Tensor | None) -> Tensor:
-    """Append the emitted tokens, let the draft look ahead, and leave what the host wants to know in ``state.out``.
+    """Append the emitted tokens, extend the draft by them, and leave what the host wants to know in ``state.out``.
 
     Args:
         start: int32 [B], a copy of ``cache_len``.
@@ -163,7 +163,7 @@ def commit(draft: Draft | None, state: DecodeState, accepted: Accepted, start: T
         accepted.law,
         accepted.path,
     )
-    match_length = draft.look_ahead(state, Verified(start, count, states)) if draft is not None else None
+    match_length = draft.extend(state, Verified(start, count, states)) if draft is not None else None
     state.out[:, : accepted.emitted.shape[1]].copy_(accepted.emitted)
     state.out[:, -3].copy_(count)
     state.out[:, -2].copy_(status)

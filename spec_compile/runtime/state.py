@@ -94,7 +94,7 @@ class DecodeState:
     top_k: Tensor  # int64 [B]
     top_p: Tensor  # float32 [B]
     min_p: Tensor  # float32 [B]
-    next_draft: Tensor  # int64 [B, K], drafts that look_ahead found
+    next_draft: Tensor  # int64 [B, K], drafts that extend found
     out: Tensor  # int64 [B, K + 4]: emitted tokens [K + 1], how many of them count, status (ops.accept), match length
 
     def positions(self, cache_len: Tensor, num_tokens: int) -> Tensor:

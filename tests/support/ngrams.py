@@ -13,7 +13,7 @@ from spec_compile.runtime.state import DecodeState
 
 
 def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState, Verified], Tensor]:
-    """``look_ahead`` as if the answers had stood in the prompts: drafts of ``text`` [B, P + n], every fifth token wrong.
+    """``extend`` as if the answers had stood in the prompts: drafts of ``text`` [B, P + n], every fifth token wrong.
 
     Args:
         mask: [B, P], 0 at the padding.
@@ -22,10 +22,10 @@ def looked_up(text: Tensor, mask: Tensor) -> Callable[[NgramDraft, DecodeState, 
     for row in rows:
         row[::5] = (row[::5] + 1) % 96
 
-    def look_ahead(self: NgramDraft, state: DecodeState, verified: Verified) -> Tensor:
+    def extend(self: NgramDraft, state: DecodeState, verified: Verified) -> Tensor:
         for row, length, draft in zip(rows, state.cache_len.tolist(), state.next_draft, strict=False):
             future = row[length + 1 : length + 1 + self.shape.num_steps]
             draft[: len(future)] = future
         return torch.full_like(state.cache_len, self.max_ngram)
 
-    return look_ahead
+    return extend
