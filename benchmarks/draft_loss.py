@@ -1,4 +1,5 @@
-"""The training objective of an EAGLE-3 head: training-time test (Li et al., arXiv 2503.01840) against the target's law.
+"""The training objective of an EAGLE-3 head: training-time test (Li et al., arXiv 2503.01840) against the target's
+distribution.
 
 While drafting, a head is fed its own states, so it is trained on them: step 0 reads true target states at every position at
 once, step j reads what step j - 1 gave at the same anchor. An anchor i stands for a round whose root is token i + 1:
@@ -158,13 +159,13 @@ def step_losses(head: DraftHead, packed: Packed, states: Tensor, probs: Tensor, 
     the probability that lies inside.
 
     Args:
-        probs: [B, S, Vd], the target's law of the token behind each token.
+        probs: [B, S, Vd], the target's distribution of the token behind each token.
     """
     losses = []
     for step, logits in enumerate(step_logits(head, packed, states, steps)):
         valid = foresees_answer(packed, step)
-        law = shifted(probs, step + 1)
-        loss = -(law.float() * logits.float().log_softmax(-1)).sum(-1)
+        wanted = shifted(probs, step + 1)
+        loss = -(wanted.float() * logits.float().log_softmax(-1)).sum(-1)
         losses.append((loss * valid).sum() / valid.sum().clamp(min=1))
     return torch.stack(losses)
 

@@ -119,7 +119,7 @@ class Features:
             self.kept_normaliser = torch.empty(rows, length, device=target.device)
 
     def batch(self, index: Tensor) -> tuple[Packed, Tensor, Tensor]:
-        """Rows ``index`` (int64 on the CPU): (packed, tapped states, the target's law over the draft vocabulary)."""
+        """Rows ``index`` (int64 on the CPU): (packed, tapped states, the target's distribution over the draft vocabulary)."""
         where = index.to(self.target.device)
         packed = self.packed.rows(where)
         if self.kept is None or not bool(self.known[index].all()):

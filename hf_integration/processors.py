@@ -68,7 +68,7 @@ def read_processors(
 
 
 def _is_idle(processor: LogitsProcessor) -> bool:
-    """Whether it changes neither which token is the likeliest nor the law of a sample: a log-softmax (what follows it makes
-    probabilities of logits anyway), a penalty that divides by 1."""
+    """Whether it changes neither which token is the likeliest nor the distribution of a sample: a log-softmax (what follows it
+    makes probabilities of logits anyway), a penalty that divides by 1."""
     kind = type(processor)
     return kind is LogitNormalization or (kind is RepetitionPenaltyLogitsProcessor and processor.penalty == 1.0)

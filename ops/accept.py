@@ -6,7 +6,7 @@ what the draft put there.
 
 ``count_accepted``, ``residual_weights`` and (for one-hot drafts) ``accept_greedy`` are the mathematics of
 ``accept_sampled`` without its randomness: the op is made of them, and so is the enumeration in the tests which shows that
-the emitted tokens follow the target's law.
+the emitted tokens follow the target's distribution.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def accept_greedy_cuda(window_ids, target_ids) -> Tensor:
 # accept_sampled
 
 
-def drawn_from_no_law(window_ids: Tensor, draft_probs: Tensor) -> Tensor:
+def drawn_from_no_distribution(window_ids: Tensor, draft_probs: Tensor) -> Tensor:
     """Which drafts have a q that is not finite: bool [B, K]. The rest of such a row says nothing either.
 
     A draft whose states overflow hands over rows like that. A draft drawn from one is refused and p alone decides in its
@@ -86,7 +86,8 @@ def count_accepted(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor
 def residual_weights(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, accepted: Tensor) -> Tensor:
     """What the token behind the accepted drafts is drawn from: unnormalised [B, V].
 
-    After a rejection (p - q)+; p when every draft was accepted, or when the rejected one has no q (``drawn_from_no_law``).
+    After a rejection (p - q)+; p when every draft was accepted, or when the rejected one has no q
+    (``drawn_from_no_distribution``).
     """
     num_drafts = window_ids.shape[1] - 1
     row = torch.arange(window_ids.shape[0], device=window_ids.device)
@@ -94,8 +95,8 @@ def residual_weights(window_ids: Tensor, draft_probs: Tensor, target_probs: Tens
     if num_drafts == 0:
         return target
     rejected = accepted.clamp(max=num_drafts - 1)  # [B]; meaningless when all were accepted
-    no_law = drawn_from_no_law(window_ids, draft_probs)[row, rejected]
-    weights = (target - draft_probs[row, rejected].masked_fill(no_law[:, None], 0.0)).clamp_(min=0.0)
+    no_distribution = drawn_from_no_distribution(window_ids, draft_probs)[row, rejected]
+    weights = (target - draft_probs[row, rejected].masked_fill(no_distribution[:, None], 0.0)).clamp_(min=0.0)
     # Rounding can reject a token where p == q up to the last bit; nothing is left then, and p is as good as it gets.
     keep_target = (accepted[:, None] == num_drafts) | (weights.amax(1, keepdim=True) <= 0)
     return torch.where(keep_target, target, weights)
@@ -117,7 +118,7 @@ def accept_sampled(
     """Exact speculative sampling on a chain (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
 
     Draft j is accepted with min(1, p / q). The first rejected one is replaced by a sample of norm((p - q)+); after K
-    accepted drafts one more token is sampled from p. The emitted tokens follow the target's law exactly, *provided
+    accepted drafts one more token is sampled from p. The emitted tokens follow the target's distribution exactly, *provided
     that* ``draft_probs`` is what the drafts were sampled from: a draft chosen by argmax, top-k or look-up is one-hot. One
     whose q is not finite is refused, and p alone decides in its place.
 
@@ -168,7 +169,7 @@ def accept_sampled_cuda(window_ids, draft_probs, target_probs, seed, position) -
 # commit_tokens
 
 # How a row leaves a round.
-GOING_ON, FINISHED, NO_LAW = 0, 1, 2
+GOING_ON, FINISHED, NO_DISTRIBUTION = 0, 1, 2
 
 
 @torch.library.custom_op("spec_compile::commit_tokens", mutates_args=("tokens", "cache_len", "finished"))
@@ -180,11 +181,11 @@ def commit_tokens(
     accept_length: Tensor,
     end_len: Tensor,
     eos_ids: Tensor,
-    law: Tensor | None = None,
+    slot_probs: Tensor | None = None,
     path: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Append a round's tokens to the history and advance: cut behind the first end-of-sequence and at the length limit, and
-    before a token that was drawn from no law.
+    before a token whose probabilities are not finite.
 
     Before the call ``tokens[b, : cache_len[b] + 1]`` is known (the root included), after it again. A finished row does
     not move, so one round too many changes nothing.
@@ -192,18 +193,20 @@ def commit_tokens(
     Args:
         tokens: int64 [B, C], written.
         cache_len: int32 [B], written: advanced by the result.
-        finished: bool [B], written: set on an end-of-sequence token, when the row has ``end_len`` tokens, and without a law.
+        finished: bool [B], written: set on an end-of-sequence token, when the row has ``end_len`` tokens, or stops for
+            want of a distribution.
         emitted: int64 [B, N].
         accept_length: int32 [B], how many of ``emitted`` count.
         end_len: int32 [B], most tokens a row may have; C if that is less.
         eos_ids: int64 [E]; -1 matches nothing.
-        law: float [B, M], any one of the probabilities that the target gave at each slot of the window (a view will do): where
-            its logits are no numbers, or too large, all are NaN. None where tokens are not drawn.
+        slot_probs: float [B, M], any one of the probabilities that the target gave at each slot of the window (a view will
+            do): where its logits are no numbers, or too large, all are NaN. None where tokens are not drawn.
         path: int32 [B, N], the window's slot behind which each token was drawn, -1 for nothing; None when they count up.
 
     Returns:
-        int32 [B], the number of tokens appended: 0..N; int32 [B], GOING_ON, FINISHED, or NO_LAW in the round in which a row
-        had nothing to draw its next token from. (Plain ``generate()`` raises then. A round cannot, and the host need not wait.)
+        int32 [B], the number of tokens appended: 0..N; int32 [B], GOING_ON, FINISHED, or NO_DISTRIBUTION in the round in which
+        a row had nothing to draw its next token from. (Plain ``generate()`` raises then. A round cannot, and the host need not
+        wait.)
     """
     capacity, num_tokens = tokens.shape[1], emitted.shape[1]
     slot = torch.arange(num_tokens, device=tokens.device)  # [N]
@@ -213,13 +216,13 @@ def commit_tokens(
     is_eos = (emitted[:, :, None] == eos_ids).any(2) & (emitted >= 0)  # [B, N]
     past_eos = is_eos.cumsum(1) - is_eos.long() > 0
     count = torch.minimum(count, (~past_eos).sum(1)).masked_fill(finished, 0)
-    lawless = torch.zeros_like(finished)
-    if law is not None:
-        behind = law[:, :num_tokens] if path is None else law.gather(1, path.clamp(min=0).long())  # [B, N]
-        lawful = _leading(behind.isfinite())
-        lawless, count = lawful < count, torch.minimum(count, lawful)
+    cut = torch.zeros_like(finished)  # rows whose next token has no distribution to be drawn from
+    if slot_probs is not None:
+        drawn_from = slot_probs[:, :num_tokens] if path is None else slot_probs.gather(1, path.clamp(min=0).long())  # [B, N]
+        drawable = _leading(drawn_from.isfinite())
+        cut, count = drawable < count, torch.minimum(count, drawable)
     ended = (is_eos & (slot < count[:, None])).any(1) | (length + count >= limit)
-    status = torch.where(lawless, NO_LAW, torch.where(finished | ended, FINISHED, GOING_ON)).to(torch.int32)
+    status = torch.where(cut, NO_DISTRIBUTION, torch.where(finished | ended, FINISHED, GOING_ON)).to(torch.int32)
 
     # Slots behind the count repeat the last write, and a row without any rewrites its root: no index is out of range
     # and no two writes to one place differ.
@@ -235,7 +238,7 @@ def commit_tokens(
 
 @commit_tokens.register_fake
 def commit_tokens_fake(
-    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law=None, path=None
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, slot_probs=None, path=None
 ) -> tuple[Tensor, Tensor]:
     count = accept_length.new_empty(accept_length.shape, dtype=torch.int32)
     return count, torch.empty_like(count)
@@ -243,9 +246,9 @@ def commit_tokens_fake(
 
 @commit_tokens.register_kernel("cuda")
 def commit_tokens_cuda(
-    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law=None, path=None
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, slot_probs=None, path=None
 ) -> tuple[Tensor, Tensor]:
     from spec_compile.ops.kernels import round_ops
 
-    row_ends = end_len, eos_ids, law, path
-    return round_ops.commit_tokens(tokens, cache_len, finished, emitted, accept_length, *row_ends, NO_LAW)
+    row_ends = end_len, eos_ids, slot_probs, path
+    return round_ops.commit_tokens(tokens, cache_len, finished, emitted, accept_length, *row_ends, NO_DISTRIBUTION)

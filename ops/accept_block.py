@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spec_compile.ops.accept import drawn_from_no_law
+from spec_compile.ops.accept import drawn_from_no_distribution
 from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM, noise_key, race, uniform
 
 ROUND_STREAM = 3  # beside the streams of ops.sampling
@@ -36,27 +36,27 @@ def round_seed(seed: Tensor, position: Tensor) -> Tensor:
 
 def reach_of_drafts(window_ids: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
     """[B, N]: 1 at the root, and behind draft j min(1, reach before it * p / q). A draft neither would draw, or whose
-    q is not finite (``drawn_from_no_law``), gives 0."""
+    q is not finite (``drawn_from_no_distribution``), gives 0."""
     drafted = window_ids[:, 1:, None]  # [B, K, 1]
     ratio = target_probs[:, :-1].gather(2, drafted)[..., 0] / draft_probs.gather(2, drafted)[..., 0]  # [B, K]
-    no_law = drawn_from_no_law(window_ids, draft_probs)  # [B, K]
+    no_distribution = drawn_from_no_distribution(window_ids, draft_probs)  # [B, K]
     reach = [torch.ones_like(target_probs[:, 0, 0])]
     for j in range(ratio.shape[1]):
         product = (reach[-1] * ratio[:, j]).clamp(max=1.0)
-        reach.append(torch.where(no_law[:, j] | product.isnan(), 0.0, product))  # 0 / 0, 0 * inf
+        reach.append(torch.where(no_distribution[:, j] | product.isnan(), 0.0, product))  # 0 / 0, 0 * inf
     return torch.stack(reach, 1)
 
 
-def laws_only(window_ids: Tensor, draft_probs: Tensor) -> Tensor:
+def finite_distributions(window_ids: Tensor, draft_probs: Tensor) -> Tensor:
     """``draft_probs`` with 0 for every q that is not finite: where nothing could be drawn, nothing is taken from p."""
-    return draft_probs.masked_fill(drawn_from_no_law(window_ids, draft_probs)[:, :, None], 0.0)
+    return draft_probs.masked_fill(drawn_from_no_distribution(window_ids, draft_probs)[:, :, None], 0.0)
 
 
 def block_acceptance(draft_probs: Tensor, target_probs: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """With which probability a block is kept up to draft j when it is not kept any further, and what follows it then.
 
     Args:
-        draft_probs: finite (``laws_only``).
+        draft_probs: finite (``finite_distributions``).
 
     Returns:
         accept [B, K]: for the first 1..K drafts. NaN where nothing could follow: the block is always kept further there.
@@ -64,7 +64,7 @@ def block_acceptance(draft_probs: Tensor, target_probs: Tensor, reach: Tensor) -
     """
     left = (reach[:, :-1, None] * target_probs[:, :-1] - draft_probs).clamp(min=0.0)  # [B, K, V]
     mass = left.sum(2)  # [B, K]
-    mass = torch.where(mass.isnan(), reach[:, :-1], mass)  # p is no law: the block ends here as behind its last draft
+    mass = torch.where(mass.isnan(), reach[:, :-1], mass)  # p is not finite: the block ends here as behind its last draft
     accept = mass / (mass + (1.0 - reach[:, :-1]))
     return torch.cat([accept[:, 1:], reach[:, -1:]], 1), torch.cat([left, target_probs[:, -1:]], 1)
 
@@ -75,9 +75,9 @@ def accept_block(
 ) -> tuple[Tensor, Tensor]:
     """Exact speculative sampling on a chain, judged as a block (Sun et al., 2403.10444).
 
-    The emitted tokens follow the target's law exactly, provided that ``draft_probs`` is what the drafts were sampled from. On
-    average at least as many are kept as by ``accept_sampled``: a draft that the target likes less can be made good by the next.
-    A draft whose q is not finite ends the block before it, and p alone decides in its place.
+    The emitted tokens follow the target's distribution exactly, provided that ``draft_probs`` is what the drafts were sampled
+    from. On average at least as many are kept as by ``accept_sampled``: a draft that the target likes less can be made good by
+    the next. A draft whose q is not finite ends the block before it, and p alone decides in its place.
 
     Args:
         window_ids: int64 [B, N], root and drafts; N at least 2.
@@ -94,7 +94,7 @@ def accept_block(
     slot = torch.arange(num_drafts + 1, device=window_ids.device)  # [N]
     first = position.long() + 1
     reach = reach_of_drafts(window_ids, draft_probs, target_probs)
-    accept, weights = block_acceptance(laws_only(window_ids, draft_probs), target_probs, reach)
+    accept, weights = block_acceptance(finite_distributions(window_ids, draft_probs), target_probs, reach)
     kept = uniform(seed[:, None], first[:, None] + slot[:-1], ACCEPT_STREAM) < accept  # [B, K]; NaN compares false
     accepted = torch.where(kept, slot[1:], 0).amax(1)  # the longest block that is kept
     weights = weights[row, accepted]

@@ -93,8 +93,8 @@ def accept_tree_sampled(
     """Exact speculative sampling on a tree whose nodes were chosen without chance.
 
     At each node on the way the target draws a token; if a child has it, the way goes on there, else the round ends with it.
-    The tokens drawn are the target's own samples, each given those before it, whatever the tree is: so their law is the
-    target's, as long as the tree depends on nothing that is drawn in this round. It is also the rule of the literature
+    The tokens drawn are the target's own samples, each given those before it, whatever the tree is: so their distribution is
+    the target's, as long as the tree depends on nothing that is drawn in this round. It is also the rule of the literature
     (SpecInfer, 2305.09781; EAGLE's verification): accept the first child x with p(x), else zero x, renormalise and go to the
     next. Both take child i with probability p(x_i), siblings being different, and leave p without the children.
 

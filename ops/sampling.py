@@ -103,7 +103,7 @@ def race(weights: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor
     """Sample from unnormalised ``weights`` [B, V] by an exponential race: argmax(weight / E). int64 [B].
 
     Weight 0 never wins while any weight is positive: E is positive, so 0 / E is 0. NaN wins over everything, so that the token
-    drawn from weights that are no law tells of it.
+    drawn from weights that are not finite tells of it.
     """
     return (weights.float() / exponential(seed, position, stream, weights.shape[-1])).argmax(-1)
 
@@ -204,7 +204,7 @@ def _top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int) -
 
     Low-precision logits tie often, so ties are counted: top-k keeps all ties of the k-th value, listed or not, and of a
     group that top-p splits as many go as with a sort, lower ids first. (Which of them a sort removes is its own affair.)
-    NaN goes nowhere, as in transformers' warpers: a law that is none must not become one.
+    NaN goes nowhere, as in transformers' warpers: probabilities that are not finite must stay so.
     """
     width = min(max_top_k, scores.shape[-1])
     best = scores.topk(width, dim=-1).values  # [R, W], descending

@@ -68,11 +68,11 @@ class SpecConfig:
         page_size: slots in a KV cache page on a GPU (a power of two); a CPU row has one page.
         kv_cache_dtype: type of the caches, the draft's too: ``"auto"`` (the model's), ``"bfloat16"``, ``"float16"`` or
             ``"fp8_e4m3"`` (names as in vLLM and SGLang; scale 1.0, written with saturation to ±448). fp8 halves the memory
-            and the reads of a cache. A narrower type changes the model's law slightly: output is then exactly that of
+            and the reads of a cache. A narrower type changes the model's distribution slightly: output is then exactly that of
             decoding one token at a time over the same narrow cache (``draft=None``), no longer that of plain ``generate()``.
         seed: base of the sampling seeds; None draws one from torch's global generator on every generate(), as
             ``torch.multinomial`` would, so that ``torch.manual_seed`` keeps its meaning. Where heads choose rounds by
-            measured times (``adaptive`` on a GPU) a seed alone does not fix a sampled text; its law is the same.
+            measured times (``adaptive`` on a GPU) a seed alone does not fix a sampled text; its distribution is the same.
         self_check: ``spec_compile()`` compares the captured graph with the model's own forward on a short random text, and
             refuses the model where they differ by more than rounding; False leaves that out.
         simulate_accept_length: benchmarks on random weights only: emit this many tokens a round on average (1 to

@@ -1,5 +1,5 @@
 """DFlash rounds through ``generate()``: greedy text equals plain transformers token for token in float32, drafts are those of
-the head's own forward, the cache holds what the target's states make, and sampling keeps the law."""
+the head's own forward, the cache holds what the target's states make, and sampling keeps the distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dflash_heads import block_states, fit_blocks, own_vocabulary
 from draft_files import VOCAB, target_for, write
 from heads import target_states
 from test_draft_dflash import WEIGHTS, zlab
-from test_generate_sampling import SETTINGS, V, distance, law, noise_level, target
+from test_generate_sampling import SETTINGS, V, distance, distribution, noise_level, target
 from tiny import ids_inside_windows, left_padded, tiny_model
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
@@ -202,17 +202,17 @@ def sampling() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", ["plain", "top-p"])
-def test_sampled_text_follows_the_models_law(sampling: PreTrainedModel, name: str) -> None:
+def test_sampled_text_follows_the_models_distribution(sampling: PreTrainedModel, name: str) -> None:
     """The distance is sampling noise at every size, so it shrinks as 1/sqrt(N)."""
     settings, warpers = SETTINGS[name]
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     for samples in (500, 2000):
         assert distance(sampling, expected, samples, settings) < 1.5 * noise_level(expected, samples), samples
     assert 1.0 < sampling.spec.stats().accept_length < 3.0, "drafts must be accepted and rejected for this to mean anything"
 
 
 def test_a_wrong_q_is_found(sampling: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Favourites that are declared as draws break the law, and the check sees it."""
+    """Favourites that are declared as draws break the distribution, and the check sees it."""
     honest = DFlashDraft.propose
 
     def wrong(self, *args) -> Proposal:
@@ -221,7 +221,7 @@ def test_a_wrong_q_is_found(sampling: PreTrainedModel, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(DFlashDraft, "propose", wrong)
     settings, warpers = SETTINGS["plain"]
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     assert distance(sampling, expected, 1500, settings) > 2.5 * noise_level(expected, 1500)
 
 

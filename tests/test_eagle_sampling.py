@@ -1,11 +1,12 @@
-"""Sampling with an EAGLE head keeps the target's law: chains with the head's whole q, trees whose text no draft can change."""
+"""Sampling with an EAGLE head keeps the target's distribution: chains with the head's whole q, trees whose text no draft can
+change."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from heads import options_of, reshape
-from test_generate_sampling import PROMPT, SETTINGS, V, distance, law, noise_level, target
+from test_generate_sampling import PROMPT, SETTINGS, V, distance, distribution, noise_level, target
 from tiny import left_padded
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper
@@ -31,21 +32,21 @@ def model() -> PreTrainedModel:
 
 @pytest.mark.parametrize("shape", ["2/1/3", "2/3/6"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sampled_text_follows_the_models_law(model: PreTrainedModel, shape: str, name: str) -> None:
+def test_sampled_text_follows_the_models_distribution(model: PreTrainedModel, shape: str, name: str) -> None:
     """The distance is sampling noise at every size, so it shrinks as 1/sqrt(N). One setting has a top-k as large as the
     draft vocabulary."""
     settings, warpers = SETTINGS[name]
     reshape(model, **options_of(shape))
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     for samples in (500, 2000):
         assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples), samples
     assert 1.0 < model.spec.stats().accept_length < 3.0, "drafts must be accepted and rejected for this to mean anything"
 
 
-def test_block_verification_keeps_the_law_and_more_drafts(model: PreTrainedModel) -> None:
+def test_block_verification_keeps_the_distribution_and_more_drafts(model: PreTrainedModel) -> None:
     """The same head judged both ways; a block keeps at least as many on average."""
     settings, warpers = SETTINGS["plain"]
-    expected, kept = law(target(), warpers), {}
+    expected, kept = distribution(target(), warpers), {}
     for verification in ("token", "block"):
         reshape(model, **options_of("2/1/3"), verification=verification)
         assert distance(model, expected, 2500, settings) < 1.5 * noise_level(expected, 2500), verification
@@ -55,14 +56,14 @@ def test_block_verification_keeps_the_law_and_more_drafts(model: PreTrainedModel
 
 def test_top_k_beyond_the_draft_vocabulary(model: PreTrainedModel) -> None:
     """The head has six tokens; a top-k of seven keeps all of its and cuts one of the target's."""
-    expected = law(target(), [TopKLogitsWarper(7)])
+    expected = distribution(target(), [TopKLogitsWarper(7)])
     reshape(model, **options_of("2/1/3"))
     assert distance(model, expected, 2000, {"top_k": 7}) < 1.5 * noise_level(expected, 2000)
 
 
 @pytest.mark.parametrize("fault", ["favourites declared as draws", "another vocabulary's q"])
 def test_a_wrong_q_is_found(model: PreTrainedModel, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts that were not drawn from the q they come with break the law, and the check sees it."""
+    """Drafts that were not drawn from the q they come with break the distribution, and the check sees it."""
     honest = EagleDraft.propose
 
     def wrong(self, *args) -> Proposal:
@@ -74,7 +75,7 @@ def test_a_wrong_q_is_found(model: PreTrainedModel, fault: str, monkeypatch: pyt
     reshape(model, **options_of("2/1/3"))
     monkeypatch.setattr(EagleDraft, "propose", wrong)
     settings, warpers = SETTINGS["plain"]
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     assert distance(model, expected, 1500, settings) > 2.5 * noise_level(expected, 1500)
 
 

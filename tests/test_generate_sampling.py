@@ -1,4 +1,5 @@
-"""Sampling through the real ``generate()`` keeps the target's law: Monte Carlo against the law read off the model itself."""
+"""Sampling through the real ``generate()`` keeps the target's distribution: Monte Carlo against the model's own
+probabilities."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def target(seed: int = 0) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def law(model: PreTrainedModel, warpers: list) -> Tensor:
+def distribution(model: PreTrainedModel, warpers: list) -> Tensor:
     """Probability of every pair of next tokens under transformers' own warpers: [V * V]."""
     processors = LogitsProcessorList(warpers)
 
@@ -73,27 +74,28 @@ def compiled(draft: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize(("draft", "name"), [*itertools.product(["ngram", "causal_lm"], ["plain", "top-p"]),
                                              ("causal_lm", "top-k"), ("ngram", "min-p")])  # fmt: skip
-def test_sampled_text_follows_the_models_law(draft: str, name: str) -> None:
+def test_sampled_text_follows_the_models_distribution(draft: str, name: str) -> None:
     """The distance is sampling noise at every size, so it shrinks as 1/sqrt(N)."""
     settings, warpers = SETTINGS[name]
     model = compiled(draft)
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     for samples in (500, 1500, 4500):
         assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples), samples
     assert 1.0 < model.spec.stats().accept_length < 3.0, "drafts must be accepted and rejected for this to mean anything"
 
 
-def test_blocks_of_a_causal_lm_follow_the_law_too() -> None:
+def test_blocks_of_a_causal_lm_follow_the_distribution_too() -> None:
     settings, warpers = SETTINGS["plain"]
     model = spec_compile(target(), draft=target(seed=1), num_steps=2, compile="none", verification="block")
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     for samples in (500, 2000):
         assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples), samples
     assert 1.0 < model.spec.stats().accept_length < 3.0
 
 
 def test_a_wrong_q_is_found(monkeypatch) -> None:
-    """A draft that picks its favourite but declares the whole distribution as q breaks the law, and the check sees it."""
+    """A draft that picks its favourite but declares all its probabilities as q breaks the distribution, and the check sees
+    it."""
     honest = CausalLMDraft.propose
 
     def wrong(self, *args) -> Proposal:
@@ -102,7 +104,7 @@ def test_a_wrong_q_is_found(monkeypatch) -> None:
 
     monkeypatch.setattr(CausalLMDraft, "propose", wrong)
     settings, warpers = SETTINGS["plain"]
-    expected = law(target(), warpers)
+    expected = distribution(target(), warpers)
     assert distance(compiled("causal_lm"), expected, 1500, settings) > 2.5 * noise_level(expected, 1500)
 
 

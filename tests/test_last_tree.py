@@ -80,11 +80,11 @@ def test_probabilities_are_the_heads(watched):
     with torch.no_grad():
         states = target_states(model, head.taps, text[:-1])
         hidden = head(text[1:][None], head.project(states), torch.arange(len(text) - 1)[None])
-        law = head.logits(hidden)[0].float().log_softmax(-1)  # entry i foretells token i + 2
+        log_probs = head.logits(hidden)[0].float().log_softmax(-1)  # entry i foretells token i + 2
     absolute, position, seen = head.draft_ids.tolist(), PROMPT.shape[1], 0
     for tree in trees:
         first = [i for i, depth in enumerate(tree.depth) if depth == 1]
-        wanted = [float(law[position - 1, absolute.index(tree.tokens[i])]) for i in first]
+        wanted = [float(log_probs[position - 1, absolute.index(tree.tokens[i])]) for i in first]
         assert [tree.logprobs[i] for i in first] == pytest.approx(wanted, abs=1e-4)
         position, seen = position + tree.accept_length, seen + len(first)
     assert seen > len(trees), "trees must have several tokens on a level"

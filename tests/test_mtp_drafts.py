@@ -1,4 +1,4 @@
-"""What MTP heads draft is what the module drafts when it runs by itself, and sampled text keeps the target's law."""
+"""What MTP heads draft is what the module drafts when it runs by itself, and sampled text keeps the target's distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from heads import options_of, reshape
 from mtp_files import published, write_checkpoint
 from mtp_reference import Module
-from test_generate_sampling import SETTINGS, V, distance, law, noise_level
+from test_generate_sampling import SETTINGS, V, distance, distribution, noise_level
 from tiny import left_padded, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def test_drafts_are_those_of_the_module_alone(tmp_path: Path, monkeypatch: pytes
         assert sum(same) < len(seen) / 2, flip
 
 
-def test_sampled_text_follows_the_models_law() -> None:
+def test_sampled_text_follows_the_models_distribution() -> None:
     """Chains are judged by the head's whole q, trees by the target's own sample."""
 
     def toy() -> PreTrainedModel:
@@ -79,7 +79,7 @@ def test_sampled_text_follows_the_models_law() -> None:
         head.lm_head.weight *= 0.5  # opinions, not certainties: drafts are accepted and refused
     model = spec_compile(target, draft=head, num_steps=2, compile="none", adaptive=False)
     settings, warpers = SETTINGS["top-p"]
-    expected = law(toy(), warpers)
+    expected = distribution(toy(), warpers)
     for shape, samples in (("2/1/3", 1500), ("2/2/4", 1000)):
         reshape(model, **options_of(shape))
         assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples), (shape, samples)

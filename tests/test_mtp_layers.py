@@ -15,7 +15,7 @@ from heads import fit_in_turn, target_states
 from mtp_files import published, write_checkpoint
 from stored import check_stored
 from test_eagle_rounds import GPU_IN_NAME, request
-from test_generate_sampling import SETTINGS, V, distance, law, noise_level
+from test_generate_sampling import SETTINGS, V, distance, distribution, noise_level
 from tiny import ids_inside_windows, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -279,7 +279,7 @@ def test_greedy_text_is_the_plain_one() -> None:
     assert "draft step 3 graph: draft_extend, 5 rows × 6 tokens" in model.spec.explain()
 
 
-def test_sampled_text_follows_the_models_law() -> None:
+def test_sampled_text_follows_the_models_distribution() -> None:
     def toy() -> PreTrainedModel:
         return tiny_model("qwen2", vocab_size=V, num_hidden_layers=1, pad_token_id=None)
 
@@ -290,7 +290,7 @@ def test_sampled_text_follows_the_models_law() -> None:
             head.lm_head.weight *= 0.5  # opinions, not certainties: drafts are accepted and refused
     model = spec_compile(target, draft=layers, compile="none", adaptive=False)
     settings, warpers = SETTINGS["top-p"]
-    expected, samples = law(toy(), warpers), 1000
+    expected, samples = distribution(toy(), warpers), 1000
     torch.manual_seed(0)  # three standard deviations: other noise in every run would miss them now and then
     assert distance(model, expected, samples, settings) < 1.5 * noise_level(expected, samples)
     assert 1.0 < model.spec.stats().accept_length < 3.0

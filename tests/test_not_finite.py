@@ -18,7 +18,7 @@ from spec_compile.hf_integration.heads.eagle3 import random_eagle3_head
 QUICK = {"compile": "none", "progress": False, "adaptive": False}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In a draft's law
+# In a draft's distribution
 
 
 def sample(model: PreTrainedModel) -> Tensor:
@@ -52,7 +52,7 @@ def test_a_head_that_overflows_leaves_the_text_alone(undrafted: Tensor) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the target's own law
+# In the target's own distribution
 
 PROMPT = 8
 LIKELIEST = {"do_sample": True, "top_k": 1, "pad_token_id": 0}  # sampled, and always the same text
@@ -82,7 +82,7 @@ class StopLength(StoppingCriteria):
 
 
 @torch.no_grad()
-def without_a_law_behind(token: int) -> PreTrainedModel:
+def without_a_distribution_behind(token: int) -> PreTrainedModel:
     """A model whose logits are NaN wherever ``token`` stands in the text."""
     model = tiny_model("llama")
     model.model.embed_tokens.weight[token] = float("nan")
@@ -96,12 +96,12 @@ def text() -> Tensor:
 
 
 @pytest.mark.parametrize("draft", ["ngram", "eagle3"])
-def test_a_law_that_is_none_raises_as_plain_does(draft: str, text: Tensor) -> None:
+def test_probabilities_that_are_not_finite_raise_as_plain_does(draft: str, text: Tensor) -> None:
     """Both rows' tokens until there are kept and streamed, and a criterion that ends the call before ends it."""
     new = text[0, PROMPT:].tolist()
     at = next(i for i in range(3, 12) if new[i] not in [*text[0, : PROMPT + i].tolist(), *text[1].tolist()])
     stops = [StopLength(PROMPT + at + 1)]
-    plain, model = without_a_law_behind(new[at]), without_a_law_behind(new[at])
+    plain, model = without_a_distribution_behind(new[at]), without_a_distribution_behind(new[at])
     if draft == "eagle3":
         draft = random_eagle3_head(model, draft_vocab_size=80)
     spec_compile(model, draft=draft, num_steps=3, **QUICK)
@@ -114,7 +114,7 @@ def test_a_law_that_is_none_raises_as_plain_does(draft: str, text: Tensor) -> No
             with pytest.raises(RuntimeError, match=r"inf|not finite"):
                 each.generate(**left_padded(2, PROMPT), max_new_tokens=12, streamer=streamer, **LIKELIEST)
             shown.append(streamer.columns)
-        assert shown[0] == shown[1] and len(shown[0]) == at + 2  # the prompt, and up to the token without a law behind it
+        assert shown[0] == shown[1] and len(shown[0]) == at + 2  # up to the token without a distribution behind it
         with pytest.raises(SamplingError, match=r"row 0 .* not finite.*partial_sequences"):
             model.generate(**left_padded(2, PROMPT), max_new_tokens=12, **LIKELIEST)
         kept = model.spec.partial_sequences()

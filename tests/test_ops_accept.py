@@ -1,8 +1,8 @@
-"""Verification is exact: the emitted tokens follow the target's law, whatever the draft.
+"""Verification is exact: the emitted tokens follow the target's distribution, whatever the draft.
 
 Shown twice. By enumeration: the op's own mathematics, summed over every draft and every branch, gives the target's
-joint law to 1e-6. By sampling through the op itself: the distance to that law shrinks as 1 / sqrt(samples). Both are
-run on a draft that lies about its distribution as well, and must then find it wrong.
+joint distribution to 1e-6. By sampling through the op itself: the distance to that distribution shrinks as 1 / sqrt(samples).
+Both are run on a draft that lies about its distribution as well, and must then find it wrong.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from languages import (
     DRAFTS,
     VOCAB,
     argmax_of,
-    conditional_law,
+    conditional_distribution,
     draft_tokens,
-    joint_law,
+    joint_distribution,
     overflowing,
     restricted,
     tables,
@@ -81,8 +81,8 @@ def acceptance_by_bisection(window, draft_probs, target_probs, slot):
     return high
 
 
-def emitted_law(target, proposal, claimed):
-    """The joint law of the first DRAFTS + 1 tokens of text, summed over all drafts and all branches of one round.
+def emitted_distribution(target, proposal, claimed):
+    """The joint distribution of the first DRAFTS + 1 tokens of text, summed over all drafts and all branches of one round.
 
     Args:
         target: the target's language.
@@ -108,7 +108,7 @@ def emitted_law(target, proposal, claimed):
                 accept = acceptance[key]
             weights = residual_weights(window, draft_probs, target_probs, torch.tensor([stop]))[0]
             last = reached * (1 - accept) * weights / weights.sum()
-            # Behind the emitted tokens the text goes on by the target's law, in later rounds.
+            # Behind the emitted tokens the text goes on by the target's distribution, in later rounds.
             for token in range(VOCAB):
                 text = (*draft[:stop], token)
                 for rest in itertools.product(range(VOCAB), repeat=DRAFTS - stop):
@@ -119,8 +119,8 @@ def emitted_law(target, proposal, claimed):
     return joint
 
 
-def emitted_law_one_hot(target, draft):
-    """The same law for drafts chosen without chance: summed over all that the target can sample at the window's slots.
+def emitted_distribution_one_hot(target, draft):
+    """The same distribution for drafts chosen without chance: summed over all that the target can sample at the window's slots.
 
     Args:
         draft: the drafted tokens, DRAFTS of them.
@@ -137,42 +137,42 @@ def emitted_law_one_hot(target, draft):
 
 
 def test_enumeration_full_draft_distribution():
-    target, draft = conditional_law(), conditional_law()
-    assert total_variation(joint_law(target), joint_law(draft)) > 0.05  # else there is nothing to correct
-    assert total_variation(emitted_law(target, draft, draft), joint_law(target)) < 1e-6
+    target, draft = conditional_distribution(), conditional_distribution()
+    assert total_variation(joint_distribution(target), joint_distribution(draft)) > 0.05  # else there is nothing to correct
+    assert total_variation(emitted_distribution(target, draft, draft), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_one_hot_draft():
     """A draft looked up somewhere, or chosen by argmax, that says so."""
-    target, draft = conditional_law(), tuple(torch.randint(VOCAB, (DRAFTS,)).tolist())
-    assert total_variation(emitted_law_one_hot(target, draft), joint_law(target)) < 1e-6
+    target, draft = conditional_distribution(), tuple(torch.randint(VOCAB, (DRAFTS,)).tolist())
+    assert total_variation(emitted_distribution_one_hot(target, draft), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_one_hot_given_as_probabilities():
-    target, draft = conditional_law(), argmax_of(conditional_law())
-    assert total_variation(emitted_law(target, draft, draft), joint_law(target)) < 1e-6
+    target, draft = conditional_distribution(), argmax_of(conditional_distribution())
+    assert total_variation(emitted_distribution(target, draft, draft), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_restricted_vocabulary():
-    target, draft = conditional_law(), restricted(conditional_law())
-    assert total_variation(emitted_law(target, draft, draft), joint_law(target)) < 1e-6
+    target, draft = conditional_distribution(), restricted(conditional_distribution())
+    assert total_variation(emitted_distribution(target, draft, draft), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_draft_equal_to_target():
-    target = conditional_law()
-    assert total_variation(emitted_law(target, target, target), joint_law(target)) < 1e-6
+    target = conditional_distribution()
+    assert total_variation(emitted_distribution(target, target, target), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_draft_that_overflows():
-    target, (proposal, claimed) = conditional_law(), overflowing(conditional_law())
-    assert total_variation(emitted_law(target, proposal, claimed), joint_law(target)) < 1e-6
+    target, (proposal, claimed) = conditional_distribution(), overflowing(conditional_distribution())
+    assert total_variation(emitted_distribution(target, proposal, claimed), joint_distribution(target)) < 1e-6
 
 
 def test_enumeration_finds_a_draft_that_lies():
     """Argmax drafts declared as sampled from the full distribution, the fault of transformers#47932."""
-    target = conditional_law(0.5)
-    law = emitted_law(target, argmax_of(target), target)
-    assert total_variation(law, joint_law(target)) > 0.05
+    target = conditional_distribution(0.5)
+    distribution = emitted_distribution(target, argmax_of(target), target)
+    assert total_variation(distribution, joint_distribution(target)) > 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ def one_round(target, claimed, drafts, seed, position):
 
 
 def sampled_distance(target, proposal, claimed, count):
-    """TV between the target's law of two tokens and what the op emits first, continued by the target's law."""
+    """TV between the target's distribution of two tokens and what the op emits first, continued by the target's
+    distribution."""
     seed, position = seeds(count), torch.randint(1000, (count,), dtype=torch.int32)
     emitted, length = one_round(target, claimed, draft_tokens(proposal, seed, position), seed, position)
     joint = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
@@ -197,7 +198,7 @@ def sampled_distance(target, proposal, claimed, count):
             joint[first, second] += 1
         else:
             joint[first] += target[(first,)]
-    return total_variation(joint / count, joint_law(target).sum((2, 3)))
+    return total_variation(joint / count, joint_distribution(target).sum((2, 3)))
 
 
 def noise_level(count):
@@ -207,7 +208,7 @@ def noise_level(count):
 
 @pytest.mark.parametrize("kind", ["full", "one_hot", "restricted", "overflowing"])
 def test_sampling_converges_to_the_target(kind):
-    target, draft = conditional_law(), conditional_law()
+    target, draft = conditional_distribution(), conditional_distribution()
     proposal = {"full": draft, "one_hot": argmax_of(draft), "restricted": restricted(draft)}.get(kind)
     claimed = None if kind == "one_hot" else proposal
     if kind == "overflowing":
@@ -217,12 +218,12 @@ def test_sampling_converges_to_the_target(kind):
 
 
 def test_sampling_finds_a_draft_that_lies():
-    target = conditional_law(0.5)
+    target = conditional_distribution(0.5)
     assert sampled_distance(target, argmax_of(target), target, 25600) > 2 * noise_level(25600)
 
 
 def test_the_three_uses_of_chance_are_independent():
-    """Drafting, testing and resampling one position: the joint law of draft and emitted token, not only its margin.
+    """Drafting, testing and resampling one position: the joint distribution of draft and emitted token, not only its margin.
 
     Sharing noise between them leaves every number fair and the combination biased.
     """
@@ -241,9 +242,9 @@ def test_the_three_uses_of_chance_are_independent():
 
 
 def test_uncorrelated_rounds():
-    """Consecutive rounds of one row reuse positions; the text of two rounds must still follow the target's law.
+    """Consecutive rounds of one row reuse positions; the text of two rounds must still follow the target's distribution.
 
-    The language has no memory here, so that the law of the text is a product and any correlation shows.
+    The language has no memory here, so that the distribution of the text is a product and any correlation shows.
     """
     count = 20000
     probs, draft = torch.randn(VOCAB).softmax(0), torch.randn(VOCAB).softmax(0)

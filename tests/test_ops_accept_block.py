@@ -10,10 +10,10 @@ from languages import (
     DRAFTS,
     VOCAB,
     argmax_of,
-    conditional_law,
+    conditional_distribution,
     continued,
     draft_tokens,
-    joint_law,
+    joint_distribution,
     overflowing,
     restricted,
     tables,
@@ -22,7 +22,7 @@ from languages import (
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_sampled, acceptance_probability
-from spec_compile.ops.accept_block import accept_block, block_acceptance, laws_only, reach_of_drafts, round_seed
+from spec_compile.ops.accept_block import accept_block, block_acceptance, finite_distributions, reach_of_drafts, round_seed
 from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -41,7 +41,8 @@ def seeds(count):
 
 
 def enumerated(target, proposal, claimed):
-    """(law of the text, mean drafts kept by the block, mean kept one by one) over all drafts and all decisions of one round.
+    """(distribution of the text, mean drafts kept by the block, mean kept one by one) over all drafts and all decisions of one
+    round.
 
     Args:
         target: the target's language.
@@ -57,7 +58,7 @@ def enumerated(target, proposal, claimed):
         target_probs = torch.stack([target[draft[:i]] for i in range(DRAFTS + 1)])[None]
         draft_probs = torch.stack([claimed[draft[:i]] for i in range(DRAFTS)])[None]
         reach = reach_of_drafts(window, draft_probs, target_probs)
-        accept, weights = block_acceptance(laws_only(window, draft_probs), target_probs, reach)
+        accept, weights = block_acceptance(finite_distributions(window, draft_probs), target_probs, reach)
         left = drawn  # no longer block was kept
         for kept in range(DRAFTS, -1, -1):
             here = left * (1.0 if kept == 0 else float(accept[0, kept - 1].nan_to_num(0.0)))
@@ -78,10 +79,10 @@ def enumerated(target, proposal, claimed):
 
 @pytest.mark.parametrize("kind", ["full", "restricted", "one_hot", "equal"])
 def test_enumeration(kind):
-    target, draft = conditional_law(), conditional_law()
+    target, draft = conditional_distribution(), conditional_distribution()
     draft = {"full": draft, "restricted": restricted(draft), "one_hot": argmax_of(draft), "equal": target}[kind]
     joint, by_block, one_by_one = enumerated(target, draft, draft)
-    assert total_variation(joint, joint_law(target)) < 1e-6
+    assert total_variation(joint, joint_distribution(target)) < 1e-6
     assert by_block > one_by_one - 1e-6
     if kind == "full":
         assert by_block > one_by_one + 1e-3  # not by accident the same
@@ -90,17 +91,17 @@ def test_enumeration(kind):
 
 
 def test_enumeration_draft_that_overflows():
-    target, (proposal, claimed) = conditional_law(), overflowing(conditional_law())
+    target, (proposal, claimed) = conditional_distribution(), overflowing(conditional_distribution())
     joint, by_block, one_by_one = enumerated(target, proposal, claimed)
-    assert total_variation(joint, joint_law(target)) < 1e-6
+    assert total_variation(joint, joint_distribution(target)) < 1e-6
     assert by_block > one_by_one - 1e-6, "the drafts before the overflow are kept as ever"
     assert one_by_one > 0  # there are some
 
 
 def test_enumeration_finds_a_draft_that_lies():
-    target = conditional_law(0.5)
+    target = conditional_distribution(0.5)
     joint, _, _ = enumerated(target, argmax_of(target), target)
-    assert total_variation(joint, joint_law(target)) > 0.05
+    assert total_variation(joint, joint_distribution(target)) > 0.05
 
 
 def test_one_draft_is_judged_as_ever():
@@ -118,7 +119,8 @@ def test_one_draft_is_judged_as_ever():
 
 
 def sampled_distance(target, proposal, claimed, count):
-    """TV between the target's law of two tokens and what the op emits first, continued by the target's law."""
+    """TV between the target's distribution of two tokens and what the op emits first, continued by the target's
+    distribution."""
     seed, position = seeds(count), torch.randint(1000, (count,), dtype=torch.int32)
     drafts = draft_tokens(proposal, seed, position)
     window = torch.cat([torch.zeros(count, 1, dtype=torch.int64), drafts], 1)
@@ -129,7 +131,7 @@ def sampled_distance(target, proposal, claimed, count):
             joint[first, second] += 1
         else:
             joint[first] += target[(first,)]
-    return total_variation(joint / count, joint_law(target).sum((2, 3)))
+    return total_variation(joint / count, joint_distribution(target).sum((2, 3)))
 
 
 def noise_level(count):
@@ -139,7 +141,7 @@ def noise_level(count):
 
 @pytest.mark.parametrize("kind", ["full", "overflowing"])
 def test_sampling_converges_to_the_target(kind):
-    target, draft = conditional_law(), conditional_law()
+    target, draft = conditional_distribution(), conditional_distribution()
     if kind == "overflowing":
         _, draft = overflowing(draft)  # drawn by the op itself
     for count in (400, 6400, 25600):
@@ -147,7 +149,7 @@ def test_sampling_converges_to_the_target(kind):
 
 
 def test_sampling_finds_a_draft_that_lies():
-    target = conditional_law(0.5)
+    target = conditional_distribution(0.5)
     assert sampled_distance(target, argmax_of(target), target, 25600) > 2 * noise_level(25600)
 
 
@@ -178,7 +180,7 @@ def distance_after_rounds(count, seed_of):
 
 
 def test_rounds_are_independent():
-    """Over several rounds the text follows the target's law, with noise of the round's own."""
+    """Over several rounds the text follows the target's distribution, with noise of the round's own."""
     assert distance_after_rounds(40000, round_seed) < 0.02  # sampling alone gives 0.008
 
 
@@ -187,8 +189,9 @@ def test_noise_of_the_position_would_be_wrong():
     assert distance_after_rounds(40000, lambda seed, position: seed) > 0.05
 
 
-def test_a_target_without_a_law_leaves_the_tokens_before_it_alone():
-    """Behind the first token nothing can be drawn: the row will stop there, and that token still follows the target's law."""
+def test_a_target_without_a_distribution_leaves_the_tokens_before_it_alone():
+    """Behind the first token nothing can be drawn: the row will stop there, and that token still follows the target's
+    distribution."""
     count = 20000
     target, draft = torch.tensor([[0.6, 0.3, 0.1]] * 3), torch.tensor([[0.2, 0.2, 0.6]] * 2)
     target[1] = float("nan")

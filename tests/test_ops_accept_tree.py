@@ -1,4 +1,4 @@
-"""Verification of trees is exact: the walk against a recursion, and the emitted tokens' law against the target's."""
+"""Verification of trees is exact: the walk against a recursion, and the emitted tokens' distribution against the target's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from languages import DRAFTS, VOCAB, conditional_law, continued, joint_law, total_variation
+from languages import DRAFTS, VOCAB, conditional_distribution, continued, joint_distribution, total_variation
 from torch.library import opcheck
 
 from spec_compile.ops.accept import accept_greedy, accept_sampled
@@ -147,7 +147,7 @@ def test_rows_do_not_depend_on_their_batch():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The law of what is emitted
+# The distribution of what is emitted
 
 
 def node_texts(tokens, parents):
@@ -168,9 +168,10 @@ def shallow_tree(num_tokens):
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 6])
 def test_enumeration(num_tokens):
-    """Summed over everything the target can draw at the nodes: the emitted text, continued, follows the target's law."""
-    law, (tokens, parents) = conditional_law(), shallow_tree(num_tokens)
-    probs = torch.stack([law[text] for text in node_texts(tokens, parents)])  # [N, V]
+    """Summed over everything the target can draw at the nodes: the emitted text, continued, follows the target's
+    distribution."""
+    distribution, (tokens, parents) = conditional_distribution(), shallow_tree(num_tokens)
+    probs = torch.stack([distribution[text] for text in node_texts(tokens, parents)])  # [N, V]
     drawn = torch.cartesian_prod(*[torch.arange(VOCAB)] * num_tokens).view(-1, num_tokens)
     weight = probs[torch.arange(num_tokens), drawn].prod(1)
     rows = len(drawn)
@@ -181,20 +182,20 @@ def test_enumeration(num_tokens):
         outcome = tuple(text[:count])
         outcomes[outcome] = outcomes.get(outcome, 0.0) + probability
     for outcome, probability in outcomes.items():
-        joint += probability * continued(law, outcome)
-    assert total_variation(joint, joint_law(law)) < 1e-6
+        joint += probability * continued(distribution, outcome)
+    assert total_variation(joint, joint_distribution(distribution)) < 1e-6
     # and it is the rule of the literature, outcome by outcome
-    expected = siblings_in_order(law, tokens, parents)
+    expected = siblings_in_order(distribution, tokens, parents)
     assert outcomes.keys() == expected.keys()
     assert max(abs(outcomes[outcome] - expected[outcome]) for outcome in outcomes) < 1e-9
 
 
-def siblings_in_order(law, tokens, parents, node=0, text=(), remove=True):
+def siblings_in_order(distribution, tokens, parents, node=0, text=(), remove=True):
     """P(emitted) of recursive rejection over one-hot children; without ``remove`` a refused token is not zeroed."""
-    left, outcomes, reached = law[text].clone(), {}, 1.0
+    left, outcomes, reached = distribution[text].clone(), {}, 1.0
     for child in (i for i, parent in enumerate(parents) if parent == node):
         accept = float(left[tokens[child]] / left.sum())
-        for outcome, p in siblings_in_order(law, tokens, parents, child, (*text, tokens[child]), remove).items():
+        for outcome, p in siblings_in_order(distribution, tokens, parents, child, (*text, tokens[child]), remove).items():
             outcomes[outcome] = outcomes.get(outcome, 0.0) + reached * accept * p
         reached *= 1 - accept
         if remove:
@@ -207,15 +208,15 @@ def siblings_in_order(law, tokens, parents, node=0, text=(), remove=True):
 
 
 def test_enumeration_finds_a_rule_that_forgets_to_zero():
-    law, (tokens, parents) = conditional_law(), ([0, 0, 1], [-1, 0, 0])
-    law[()] = torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64)
-    wrong = siblings_in_order(law, tokens, parents, remove=False)
-    joint = sum(p * continued(law, outcome) for outcome, p in wrong.items())
-    assert total_variation(joint, joint_law(law)) > 0.05
+    distribution, (tokens, parents) = conditional_distribution(), ([0, 0, 1], [-1, 0, 0])
+    distribution[()] = torch.tensor([0.4, 0.4, 0.1, 0.1], dtype=torch.float64)
+    wrong = siblings_in_order(distribution, tokens, parents, remove=False)
+    joint = sum(p * continued(distribution, outcome) for outcome, p in wrong.items())
+    assert total_variation(joint, joint_distribution(distribution)) > 0.05
 
 
-def sampled_distance(law, tree, count, probs_of):
-    """TV between the target's law of DRAFTS + 1 tokens and that of ``count`` rows through the op, continued.
+def sampled_distance(distribution, tree, count, probs_of):
+    """TV between the target's distribution of DRAFTS + 1 tokens and that of ``count`` rows through the op, continued.
 
     Args:
         probs_of: the target's table of the nodes, [N, V], from the nodes' texts.
@@ -228,8 +229,8 @@ def sampled_distance(law, tree, count, probs_of):
     outcomes = {}
     for text, stop in zip(emitted.tolist(), length.tolist(), strict=True):
         outcomes[tuple(text[:stop])] = outcomes.get(tuple(text[:stop]), 0) + 1
-    joint = sum(n / count * continued(law, outcome) for outcome, n in outcomes.items())
-    return total_variation(joint, joint_law(law))
+    joint = sum(n / count * continued(distribution, outcome) for outcome, n in outcomes.items())
+    return total_variation(joint, joint_distribution(distribution))
 
 
 def noise_level(count):
@@ -238,18 +239,19 @@ def noise_level(count):
 
 
 def test_sampling_converges_to_the_target():
-    law, tree = conditional_law(), shallow_tree(7)
+    distribution, tree = conditional_distribution(), shallow_tree(7)
     for count in (400, 6400, 25600):
-        assert sampled_distance(law, tree, count, lambda texts: torch.stack([law[t] for t in texts])) < noise_level(count)
+        found = sampled_distance(distribution, tree, count, lambda texts: torch.stack([distribution[t] for t in texts]))
+        assert found < noise_level(count)
 
 
 def test_sampling_finds_probabilities_of_the_wrong_nodes():
     """The negative control: every node judged by its neighbour's distribution."""
-    law, tree = conditional_law(), ([0, 0, 1, 2, 3], [-1, 0, 0, 0, 0])
+    distribution, tree = conditional_distribution(), ([0, 0, 1, 2, 3], [-1, 0, 0, 0, 0])
     for token in range(VOCAB):
-        law[(token,)] = torch.full((VOCAB,), 0.02, dtype=torch.float64)
-        law[(token,)][token] = 0.94
-    wrong = sampled_distance(law, tree, 25600, lambda texts: torch.stack([law[t] for t in texts]).roll(1, 0))
+        distribution[(token,)] = torch.full((VOCAB,), 0.02, dtype=torch.float64)
+        distribution[(token,)][token] = 0.94
+    wrong = sampled_distance(distribution, tree, 25600, lambda texts: torch.stack([distribution[t] for t in texts]).roll(1, 0))
     assert wrong > 2 * noise_level(25600)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from spec_compile.ops.accept import FINISHED, GOING_ON, NO_LAW, commit_tokens
+from spec_compile.ops.accept import FINISHED, GOING_ON, NO_DISTRIBUTION, commit_tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -109,23 +109,23 @@ def test_padding_ids_match_no_token():
 
 
 @pytest.mark.parametrize("tree", [False, True])
-def test_a_row_stops_before_a_token_without_a_law(tree):
+def test_a_row_stops_before_a_token_without_a_distribution(tree):
     """Unless it ended before, by a token or its length, or the place lies behind what counts."""
-    law = torch.rand(7, 5)
-    law[:, 1], law[1, 0] = float("nan"), float("nan")
+    slot_probs = torch.rand(7, 5)
+    slot_probs[:, 1], slot_probs[1, 0] = float("nan"), float("nan")
     path = None
     if tree:  # slot j of the path lies elsewhere in the window
         path = int32([[0, 3, 1]] * 7)
-        law = law[:, [0, 2, 4, 1, 3]]
+        slot_probs = slot_probs[:, [0, 2, 4, 1, 3]]
     tokens, emitted = torch.zeros(7, 8, dtype=torch.int64), torch.tensor([[5, 7, 6]] * 7)
     emitted[2, 0] = 9
     finished = torch.tensor([False] * 6 + [True])
     cache_len, length, end_len = int32([0] * 7), int32([3, 3, 3, 1, 3, 2, 3]), int32([8, 8, 8, 8, 2, 8, 8])
-    args = tokens, cache_len, finished, emitted, length, end_len, torch.tensor([9, -1]), law, path
+    args = tokens, cache_len, finished, emitted, length, end_len, torch.tensor([9, -1]), slot_probs, path
     opcheck(commit_tokens, [x.clone() if isinstance(x, torch.Tensor) else x for x in args])
     count, status = commit_tokens(*args)
     assert count.tolist() == [1, 0, 1, 1, 1, 1, 0] == cache_len.tolist()
-    assert status.tolist() == [NO_LAW, NO_LAW, FINISHED, GOING_ON, FINISHED, NO_LAW, FINISHED]
+    assert status.tolist() == [NO_DISTRIBUTION, NO_DISTRIBUTION, FINISHED, GOING_ON, FINISHED, NO_DISTRIBUTION, FINISHED]
     assert finished.tolist() == [True, True, True, False, True, True, True]
     assert tokens[:, :2].tolist() == [[0, 5], [0, 0], [0, 9], [0, 5], [0, 5], [0, 5], [0, 0]] and not tokens[:, 2:].any()
 

@@ -336,7 +336,7 @@ def test_suppress_tokens_against_transformers():
 
 @pytest.mark.parametrize("settings", [{}, {"max_top_k": 8}, {"use_top_p": True}, {"max_top_k": 8, "use_top_p": True},
                                       {"use_min_p": True}], ids=str)  # fmt: skip
-def test_a_law_that_is_none_stays_none(settings):
+def test_probabilities_that_are_not_finite_stay_so(settings):
     """No warper may make numbers of NaN: transformers' do not, and its sampling raises."""
     logits = torch.randn(6, 40)
     logits[1, 3], logits[2, 3], logits[3], logits[4, 5:30] = float("nan"), float("inf"), float("-inf"), float("nan")

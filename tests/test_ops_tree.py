@@ -68,7 +68,7 @@ def test_draft_topk_refuses(k):
 # A whole tree, by hand: nodes are tuples of tokens
 
 
-def log_law(vocab, ties):
+def log_distribution(vocab, ties):
     """The draft's language: logits of the next token, a pure function of the text."""
     table = torch.randn(2 if ties else 997, vocab)
     if ties:  # two different distributions, of few different values: equal sums everywhere
@@ -76,7 +76,7 @@ def log_law(vocab, ties):
     return lambda text: table[hash(text) % len(table)]
 
 
-def drafted(law, batch, num_steps, topk, num_tokens):
+def drafted(distribution, batch, num_steps, topk, num_tokens):
     """Draft and build by the ops; returns everything the tests look at."""
     num_candidates, slots = topk + (num_steps - 1) * topk**2, (num_steps - 1) * topk
     tokens = torch.full((batch, num_candidates), POISON)
@@ -86,7 +86,7 @@ def drafted(law, batch, num_steps, topk, num_tokens):
     texts = [[(row,)] for row in range(batch)]  # what the draft has read at each node of the level
     beam, read = None, []
     for level in range(num_steps):
-        logits = torch.stack([law(text) for row in texts for text in row])
+        logits = torch.stack([distribution(text) for row in texts for text in row])
         ids, logprobs = draft_topk(logits, topk, None)
         beam_tokens, beam, beam_parent = expand_beam(ids, logprobs, beam, tokens, scores, parents, mask, level)
         texts = [
@@ -98,7 +98,7 @@ def drafted(law, batch, num_steps, topk, num_tokens):
     return build_tree(tokens, scores, parents, root, num_tokens), (tokens, scores, parents, mask), read
 
 
-def tree_by_hand(law, row, num_steps, topk, num_tokens):
+def tree_by_hand(distribution, row, num_steps, topk, num_tokens):
     """(beams of every level, window nodes) of one row."""
     nodes = []  # (score, text) in candidate order
     level = [(0.0, (row,))]
@@ -106,7 +106,7 @@ def tree_by_hand(law, row, num_steps, topk, num_tokens):
     for _ in range(num_steps):
         children = []
         for score, text in level:
-            ids, logprobs = draft_topk(law(text)[None], topk, None)  # checked above; here its last bits matter
+            ids, logprobs = draft_topk(distribution(text)[None], topk, None)  # checked above; here its last bits matter
             for token, logprob in zip(ids[0].tolist(), logprobs[0], strict=True):
                 children.append((float(score + logprob), (*text, token)))
         order = topk_by_hand([score for score, _ in children], topk)
@@ -121,10 +121,10 @@ def tree_by_hand(law, row, num_steps, topk, num_tokens):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("num_steps,topk,num_tokens", SHAPES)
 def test_a_tree_against_brute_force(num_steps, topk, num_tokens, batch, ties):
-    law = log_law(max(topk, 12), ties)
-    (window, parents, depth, mask), (_, _, _, draft_mask), read = drafted(law, batch, num_steps, topk, num_tokens)
+    distribution = log_distribution(max(topk, 12), ties)
+    (window, parents, depth, mask), (_, _, _, draft_mask), read = drafted(distribution, batch, num_steps, topk, num_tokens)
     for row in range(batch):
-        beams, nodes = tree_by_hand(law, row, num_steps, topk, num_tokens)
+        beams, nodes = tree_by_hand(distribution, row, num_steps, topk, num_tokens)
         assert [level[row] for level in read] == beams
         nodes = [(row,), *nodes]
         assert window[row].tolist() == [text[-1] for text in nodes]
@@ -140,7 +140,7 @@ def unpacked(mask, num_tokens):
 
 
 def test_unused_mask_bits_are_zero():
-    (_, _, _, mask), (_, _, _, draft_mask), _ = drafted(log_law(12, False), 2, 3, 5, 9)
+    (_, _, _, mask), (_, _, _, draft_mask), _ = drafted(log_distribution(12, False), 2, 3, 5, 9)
     assert (mask >> 9 == 0).all() and (draft_mask >> 10 == 0).all()
     assert mask.shape == (2, 9, 1) and draft_mask.shape == (2, 10, 1)
 

@@ -84,7 +84,7 @@ def test_a_packed_text_is_as_if_it_were_alone(target, head):
 
 
 @torch.no_grad()
-def test_teacher_is_the_targets_law(target, head):
+def test_teacher_is_the_targets_distribution(target, head):
     packed = draft_data.pack(random_corpus([15, 11]), 16)
     _, last = draft_loss.target_states(target, head.taps, packed)
     rows = target.lm_head.weight[head.draft_ids]

@@ -114,7 +114,7 @@ def test_kernels_read_caches_of_a_narrower_type(interpreter: None) -> None:
 TREE_CASES = (
     "(test_a_tree and 5-4-8) or (test_a_tree and 3-1-4) or windows_of_any_size or draft_topk_ties or "
     "(accept_tree_greedy and 8-6) or (accept_tree_sampled and 8-6) or (simulate_accept and 8-6) or (accept_block and 4-) or "
-    "of_no_law"
+    "of_no_distribution"
 )
 
 
@@ -125,9 +125,9 @@ def test_kernels_of_trees_match_their_ops(interpreter: None) -> None:
     assert result.stdout.count("PASSED") > 20 and "SKIPPED" not in result.stdout, result.stdout
 
 
-def test_kernels_of_drafts_without_a_law_match_their_ops(interpreter: None) -> None:
+def test_kernels_of_drafts_without_a_distribution_match_their_ops(interpreter: None) -> None:
     file = Path(__file__).parent / "gpu" / "test_round_ops.py"
-    result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', 'of_no_law', '-rA']))")
+    result = run_interpreted(f"import pytest, sys; sys.exit(pytest.main([{str(file)!r}, '-k', 'of_no_distribution', '-rA']))")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("PASSED") == 4 and "SKIPPED" not in result.stdout, result.stdout
 

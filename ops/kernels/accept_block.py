@@ -18,7 +18,7 @@ from spec_compile.ops.sampling import ACCEPT_STREAM, TARGET_STREAM
 
 @triton.jit
 def _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N: tl.constexpr):
-    """``reach_of_drafts`` of a row, and 1 where a draft's q is a law: [BLOCK_N] each; the pointers are the row's."""
+    """``reach_of_drafts`` of a row, and 1 where a draft's q is finite: [BLOCK_N] each; the pointers are the row's."""
     slot = tl.arange(0, BLOCK_N)
     drafted = slot < N - 1
     token = tl.load(window_ptr + slot + 1, mask=drafted, other=0)
@@ -26,14 +26,14 @@ def _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_
     target = tl.load(target_ptr + slot.to(tl.int64) * stride_tn + token, mask=valid, other=0.0)
     # Rounded as the CPU rounds it, so that both keep the same drafts.
     draft = tl.load(draft_ptr + slot.to(tl.int64) * stride_dn + token, mask=valid, other=1.0)
-    is_law = tl.where(is_finite(draft), 1, 0)
-    ratio = tl.where(is_law > 0, tl.div_rn(target, draft), 0.0)
+    has_q = tl.where(is_finite(draft), 1, 0)
+    ratio = tl.where(has_q > 0, tl.div_rn(target, draft), 0.0)
     reach, last = tl.full((BLOCK_N,), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
     for j in range(0, N - 1):
         product = last * tl.sum(tl.where(slot == j, ratio, 0.0), 0)
         last = tl.where(product == product, tl.minimum(product, 1.0), 0.0)  # 0 / 0, 0 * inf
         reach = tl.where(slot == j + 1, last, reach)
-    return reach, is_law
+    return reach, has_q
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
     seed = tl.load(seed_ptr + row)
     first = tl.load(position_ptr + row).to(tl.int64) + 1
     slot = tl.arange(0, BLOCK_N)
-    reach, is_law = _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N)
+    reach, has_q = _reach(window_ptr, draft_ptr, target_ptr, N, V, stride_dn, stride_tn, BLOCK_N)
 
     token = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = token < V
@@ -74,7 +74,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
     weights = target
     if at < N - 1:
         draft = tl.load(draft_ptr + at.to(tl.int64) * stride_dn + token, mask=inside, other=0.0)
-        draft = tl.where(tl.sum(tl.where(slot == at, is_law, 0), 0) > 0, draft, 0.0)
+        draft = tl.where(tl.sum(tl.where(slot == at, has_q, 0), 0) > 0, draft, 0.0)
         left = tl.sum(tl.where(slot == at, reach, 0.0), 0) * target - draft
         weights = tl.where(left > 0, left, tl.where(left == left, 0.0, left))
     score, index = _best(weights, noise, token, inside)
@@ -92,7 +92,7 @@ def _accept_block_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_p
         every = slot[:, None] * S + tl.arange(0, BLOCK_S)[None, :]
         used = (slot < N)[:, None] & (tl.arange(0, BLOCK_S) < S)[None, :]
         mass = tl.sum(tl.load(mass_ptr + every, mask=used, other=0.0, cache_modifier=".cg"), 1)  # [BLOCK_N]
-        mass = tl.where(mass == mass, mass, reach)  # p is no law: the block ends here as behind its last draft
+        mass = tl.where(mass == mass, mass, reach)  # p is not finite: the block ends here as behind its last draft
         accept = tl.where(slot == N - 1, reach, tl.div_rn(mass, mass + (1.0 - reach)))
         chance = _uniform(seed, first + slot - 1, ACCEPT)  # slot j stands for the first j drafts
         kept = (slot > 0) & (slot < N) & (chance < accept)  # NaN compares false

@@ -134,9 +134,9 @@ def _race_kernel(window_ptr, draft_ptr, target_ptr, seed_ptr, position_ptr, leng
         if accepted < N - 1:
             draft_ptr += accepted.to(tl.int64) * stride_dn
             rejected = tl.load(window_ptr + accepted + 1)
-            is_law = is_finite(tl.load(draft_ptr + rejected, mask=(rejected >= 0) & (rejected < V), other=0.0))
+            has_q = is_finite(tl.load(draft_ptr + rejected, mask=(rejected >= 0) & (rejected < V), other=0.0))
             draft = tl.load(draft_ptr + token, mask=inside, other=0.0)
-            weights = target - tl.where(is_law, draft, 0.0)  # p alone decides where q is no law
+            weights = target - tl.where(has_q, draft, 0.0)  # p alone decides where q is not finite
             score, index = _best(weights, noise, token, inside)
     tl.store(score_ptr + place, score)
     tl.store(winner_ptr + place, part * BLOCK_V + index)
@@ -167,9 +167,9 @@ def _emit_kernel(window_ptr, length_ptr, score_ptr, winner_ptr, emitted_ptr, N, 
 
 
 @triton.jit
-def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, length_ptr, end_ptr, eos_ptr, law_ptr,
-                          path_ptr, count_ptr, status_ptr, N, C, E, stride_tokens, law_stride_b, law_stride_n,
-                          NO_LAW: tl.constexpr, HAS_LAW: tl.constexpr, HAS_PATH: tl.constexpr, BLOCK_N: tl.constexpr,
+def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, length_ptr, end_ptr, eos_ptr, probs_ptr,
+                          path_ptr, count_ptr, status_ptr, N, C, E, stride_tokens, probs_stride_b, probs_stride_n,
+                          NO_DISTRIBUTION: tl.constexpr, HAS_PROBS: tl.constexpr, HAS_PATH: tl.constexpr, BLOCK_N: tl.constexpr,
                           BLOCK_E: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cache_len = tl.load(cache_len_ptr + row)
@@ -183,15 +183,15 @@ def _commit_tokens_kernel(tokens_ptr, cache_len_ptr, finished_ptr, emitted_ptr, 
     first_eos = tl.min(tl.where(is_eos != 0, slot, N), 0)
     count = tl.minimum(tl.minimum(tl.load(length_ptr + row), limit - known), tl.minimum(N, first_eos + 1))
     count = tl.where(finished, 0, tl.maximum(count, 0))
-    lawful = N
-    if HAS_LAW:
+    drawable = N
+    if HAS_PROBS:
         behind = slot
         if HAS_PATH:
             behind = tl.maximum(tl.load(path_ptr + row * N + slot, mask=slot < N, other=0), 0)
-        law = tl.load(law_ptr + row * law_stride_b + behind.to(tl.int64) * law_stride_n, mask=slot < count, other=0.0)
-        lawful = tl.min(tl.where(is_finite(law), N, slot), 0)
-    status = tl.where(lawful < count, NO_LAW, 0)
-    count = tl.minimum(count, lawful)
+        prob = tl.load(probs_ptr + row * probs_stride_b + behind.to(tl.int64) * probs_stride_n, mask=slot < count, other=0.0)
+        drawable = tl.min(tl.where(is_finite(prob), N, slot), 0)
+    status = tl.where(drawable < count, NO_DISTRIBUTION, 0)
+    count = tl.minimum(count, drawable)
     status = tl.where(finished | (first_eos < count) | (known + count >= limit), 1, status)
     tl.store(tokens_ptr + row * stride_tokens + known + slot, emitted, mask=slot < count)
     tl.store(cache_len_ptr + row, cache_len + count)
@@ -343,18 +343,19 @@ def accept_sampled(window_ids, draft_probs, target_probs, seed, position, accept
 
 
 def commit_tokens(
-    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, law, path, no_law
+    tokens, cache_len, finished, emitted, accept_length, end_len, eos_ids, slot_probs, path, no_distribution
 ) -> tuple[Tensor, Tensor]:
     batch, num_tokens = emitted.shape
     count = torch.empty(batch, dtype=torch.int32, device=tokens.device)
     status = torch.empty_like(count)
-    has_law, has_path = law is not None, path is not None
-    law = law if has_law else emitted  # never read, like ``count`` for the path
+    has_probs, has_path = slot_probs is not None, path is not None
+    slot_probs = slot_probs if has_probs else emitted  # never read, like ``count`` for the path
     with torch.cuda.device_of(tokens):
         _commit_tokens_kernel[(batch,)](
             tokens, cache_len, finished.view(torch.uint8), emitted.contiguous(), accept_length.contiguous(),
-            end_len.contiguous(), eos_ids.contiguous(), law, path.contiguous() if has_path else count, count, status,
-            num_tokens, tokens.shape[1], eos_ids.shape[0], tokens.stride(0), *law.stride(), NO_LAW=no_law, HAS_LAW=has_law,
+            end_len.contiguous(), eos_ids.contiguous(), slot_probs, path.contiguous() if has_path else count, count, status,
+            num_tokens, tokens.shape[1], eos_ids.shape[0], tokens.stride(0), *slot_probs.stride(),
+            NO_DISTRIBUTION=no_distribution, HAS_PROBS=has_probs,
             HAS_PATH=has_path, BLOCK_N=triton.next_power_of_2(num_tokens),
             BLOCK_E=triton.next_power_of_2(max(eos_ids.shape[0], 1)), num_warps=1,
         )  # fmt: skip

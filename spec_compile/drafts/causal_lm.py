@@ -99,7 +99,7 @@ class CausalLMDraft:
         return Proposal(torch.cat([inputs.root, torch.stack(tokens, 1)], 1), full)
 
     def _choose(self, result: Tensor, position: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
-        """The next draft token [B] and, when sampling, the law [B, V] it was drawn from."""
+        """The next draft token [B] and, when sampling, the distribution [B, V] it was drawn from."""
         if self._ids_only(plan):
             return result, None
         logits = _fit(result, self.vocab_size)

@@ -1,4 +1,4 @@
-"""How draft heads pick tokens from their logits, greedily or drawn from a law that verification will be told."""
+"""How draft heads pick tokens from their logits, greedily or drawn from a distribution that verification will be told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose_tokens(
         vocab_size: V, the target's.
 
     Returns:
-        Target ids int64 [B, N]; when sampling, the law float32 [B, N, V] they were drawn from, else None.
+        Target ids int64 [B, N]; when sampling, the distribution float32 [B, N, V] they were drawn from, else None.
     """
     shape = logits.shape[:2]
     if not plan.do_sample:

@@ -20,7 +20,7 @@ from spec_compile.runtime.state import DecodeState, SamplingPlan
 
 class DFlashDraft:
     """Drafts chains with a head of ``hf_integration``. Slots are independent given the context, so sampled drafts come with
-    each slot's own law.
+    each slot's own distribution.
 
     Attributes:
         block_mask: int32 [R, block_size, W], every slot sees all of the block.

@@ -16,7 +16,7 @@ def dead_ends(result: RoundResult, request: Request, call: GenerateCall, num_pos
     Args:
         num_positions: of the model, None for any number; ``request.end_len`` ends rows behind them.
     """
-    ends: dict[int, Exception] = {row: _no_law(row, call) for row in result.no_law}
+    ends: dict[int, Exception] = {row: _no_distribution(row, call) for row in result.no_distribution}
     if num_positions is None:
         return ends
     padded = call.input_ids.shape[1]
@@ -46,7 +46,7 @@ def _too_few(num_positions: int) -> str:
     )
 
 
-def _no_law(row: int, call: GenerateCall) -> SamplingError:
+def _no_distribution(row: int, call: GenerateCall) -> SamplingError:
     return SamplingError(
         f"row {row} cannot be sampled any further: the probabilities of its next token are not finite, because the model's "
         f"logits are NaN or infinite, or become so when they are divided by temperature={call.temperature:g}. Plain generate() "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spec_compile.config import RoundShape
-from spec_compile.ops.accept import GOING_ON, NO_LAW
+from spec_compile.ops.accept import GOING_ON, NO_DISTRIBUTION
 from spec_compile.runtime.engine import Engine, Request
 from spec_compile.runtime.state import DecodeState
 
@@ -25,14 +25,14 @@ class RoundResult:
         finished: per row, whether it is finished now.
         drafted: tokens that had been drafted; 0 for prefill and plain rounds.
         match_length: how many tokens each row's next proposal has matched, 0 for a draft that has no match length.
-        no_law: rows that stopped in this round, because the target's law of their next token is not finite.
+        no_distribution: rows that stopped in this round, because the probabilities of their next token are not finite.
     """
 
     tokens: list[list[int]]
     finished: list[bool]
     drafted: int
     match_length: list[int]
-    no_law: list[int] = field(default_factory=list)
+    no_distribution: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _read(out: Tensor, batch: int, drafted: int) -> RoundResult:
     return RoundResult(
         tokens=[row[: row[-3]] for row in table],
         finished=[row[-2] != GOING_ON for row in table],
-        no_law=[i for i, row in enumerate(table) if row[-2] == NO_LAW],
+        no_distribution=[i for i, row in enumerate(table) if row[-2] == NO_DISTRIBUTION],
         drafted=drafted,
         match_length=[row[-1] for row in table],
     )

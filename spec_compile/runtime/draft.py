@@ -50,7 +50,7 @@ class RoundInputs:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Drafted tokens and the law they were drawn from.
+    """Drafted tokens and the distribution they were drawn from.
 
     Attributes:
         window: int64 [B, N], the root and the drafts.

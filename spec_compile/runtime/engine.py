@@ -313,12 +313,12 @@ class Engine:
         live = state.rows(batch)
         result, states = self.fill_caches(live, request, argmax=plan.ids_only)
         emitted = state.tokens.new_zeros(state.tokens.shape[0], 1)
-        emitted[:batch, 0], first_law = self.first_tokens(result, live, plan)
-        law = None
-        if first_law is not None:
-            law = first_law.new_zeros(emitted.shape)
-            law[:batch, 0] = first_law
-        accepted = Accepted(emitted, torch.ones_like(state.cache_len), None, law)
+        emitted[:batch, 0], first_probs = self.first_tokens(result, live, plan)
+        slot_probs = None
+        if first_probs is not None:
+            slot_probs = first_probs.new_zeros(emitted.shape)
+            slot_probs[:batch, 0] = first_probs
+        accepted = Accepted(emitted, torch.ones_like(state.cache_len), None, slot_probs)
         commit(self.draft, state, accepted, state.cache_len.clone(), self.window_states(states, state))
 
     def fill_caches(self, live: DecodeState, request: Request, *, argmax: bool) -> tuple[Tensor, Tensor | None]:
@@ -369,7 +369,8 @@ class Engine:
 
     @staticmethod
     def first_tokens(result: Tensor, state: DecodeState, plan: SamplingPlan) -> tuple[Tensor, Tensor | None]:
-        """The tokens behind the prompts, int64 [B], from prefill's ids [B] or logits [B, V]; their law, see ``Accepted``."""
+        """The tokens behind the prompts, int64 [B], from prefill's ids [B] or logits [B, V]; when sampled, one
+        probability of each row (``Accepted.slot_probs``)."""
         if plan.ids_only:
             return result, None
         logits = plan.restrict(result[:, None], state)  # [B, 1, V]

@@ -2,7 +2,7 @@
 
 Each slot of a verified window goes through the processors exactly as in plain ``generate()`` — whole batch, full text,
 once per emitted token — and is then sampled; the next slot counts only if every row drew what was drafted. So any
-processor or criterion is exact, stateful ones included, and sampling keeps the target's law whatever the draft is
+processor or criterion is exact, stateful ones included, and sampling keeps the target's distribution whatever the draft is
 ("sample and match"). The price: rows wait for each other, and the host sees every token.
 """
 

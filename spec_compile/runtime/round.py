@@ -22,13 +22,14 @@ class Accepted:
         emitted: int64 [B, E], of which the first ``accept_length`` count.
         accept_length: int32 [B], 1..E.
         path: int32 [B, E], window index of each kept token, -1 behind; None for a chain, where it counts up.
-        law: float32 [B, N], a probability of each slot's, NaN where there is no law to draw from; None for greedy rounds.
+        slot_probs: float32 [B, N], one probability of each slot's, NaN where there is no distribution to draw from; None for
+            greedy rounds.
     """
 
     emitted: Tensor
     accept_length: Tensor
     path: Tensor | None
-    law: Tensor | None = None
+    slot_probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def run_round(
     accepted = _accept(proposal, result, state, plan, shape)
     if simulated_rates is not None and shape.num_steps > 0:
         ids = result if plan.ids_only else accepted.emitted if tree is None else window  # [B, N]; any will do
-        accepted = dataclasses.replace(_simulate(simulated_rates, window, tree, ids, state, shape), law=accepted.law)
+        accepted = dataclasses.replace(
+            _simulate(simulated_rates, window, tree, ids, state, shape), slot_probs=accepted.slot_probs
+        )
     if accepted.path is not None:
         for page_table, caches in target.programs.pool.by_table(state.page_table):
             torch.ops.spec_compile.kv_commit(caches, page_table, state.cache_len, accepted.path)
@@ -75,7 +78,7 @@ def run_round(
     count = commit(draft, state, accepted, inputs.lens[0], states)
     if target.programs.states is not None:
         target.programs.states.commit(state.state_slot, accepted.path, count)
-    return RoundRecord(window, tree, dataclasses.replace(accepted, law=None))  # whose memory is all the probabilities'
+    return RoundRecord(window, tree, dataclasses.replace(accepted, slot_probs=None))  # whose memory is all the probabilities'
 
 
 def round_inputs(state: DecodeState, shape: RoundShape) -> RoundInputs:
@@ -111,7 +114,7 @@ def verify(
 
 
 def _accept(proposal: Proposal, result: Tensor, state: DecodeState, plan: SamplingPlan, shape: RoundShape) -> Accepted:
-    """What stands by the target's own law."""
+    """Which drafts stand: those that the target chooses itself, or, when sampling, those that keep its distribution."""
     ops = torch.ops.spec_compile
     window, tree = proposal.window, proposal.tree
     depth = None if tree is None else tree.depth
@@ -160,7 +163,7 @@ def commit(draft: Draft | None, state: DecodeState, accepted: Accepted, start: T
         accepted.accept_length,
         state.end_len,
         state.eos_ids,
-        accepted.law,
+        accepted.slot_probs,
         accepted.path,
     )
     match_length = draft.extend(state, Verified(start, count, states)) if draft is not None else None

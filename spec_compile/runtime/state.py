@@ -22,7 +22,7 @@ class SamplingPlan:
         use_top_p, use_min_p: whether any row filters so.
         use_min_len: whether end-of-sequence is forbidden for a while (``min_new_tokens``).
         remove_invalid: whether logits that are not finite become finite first.
-        block: whether drafts that were drawn from a law are judged as a block.
+        block: whether drafts that were drawn from a distribution are judged as a block.
     """
 
     do_sample: bool = False
@@ -43,7 +43,7 @@ class SamplingPlan:
         return not (self.do_sample or self.use_min_len or self.remove_invalid)
 
     def probabilities(self, logits: Tensor, state: DecodeState) -> Tensor:
-        """The law of the next token: logits [B, N, V] -> float32 [B, N, V]."""
+        """The distribution of the next token: logits [B, N, V] -> float32 [B, N, V]."""
         batch, num_tokens, _ = logits.shape
 
         def per_slot(x: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ def flat(x):
     return [y for part in x for y in flat(part)] if isinstance(x, (list, tuple)) else [x]
 
 
-def lose_laws(window, draft, seed, position):
-    """Make some q [B, K, V] no laws, wholly or at some tokens, and the drafts of a window what ``sample_token`` draws then."""
+def lose_distributions(window, draft, seed, position):
+    """Make some q [B, K, V] not finite, wholly or at some tokens, and the drafts of a window what ``sample_token`` draws
+    then."""
     rows = draft.view(-1, draft.shape[2])
     rows[::3] = float("nan")
     rows[1::6, 3::5] = float("nan")

@@ -12,7 +12,7 @@ from kernel_checks import (
     check_capture,
     check_no_host_sync,
     int32,
-    lose_laws,
+    lose_distributions,
     needs_device,
     needs_kernels,
     seeds,
@@ -106,10 +106,10 @@ def test_accept_sampled_without_residual_mass():
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5])
-def test_accept_sampled_of_no_law(num_tokens):
+def test_accept_sampled_of_no_distribution(num_tokens):
     window, draft, target = chain(12, num_tokens, 60)
     seed, position = seeds(12), int32([7] * 12)
-    lose_laws(window, draft, seed, position)
+    lose_distributions(window, draft, seed, position)
     check("sample_token", draft[:, 0].contiguous(), seed, position + 1, sampling.DRAFT_STREAM)
     check("accept_sampled", window, draft, target, seed, position)
 
@@ -146,7 +146,7 @@ def test_commit_tokens(num_tokens, num_eos):
 
 
 @pytest.mark.parametrize("tree", [False, True])
-def test_commit_tokens_of_no_law(tree):
+def test_commit_tokens_of_no_distribution(tree):
     batch, num_tokens, capacity, vocab = 40, 5, 24, 7
     probs = torch.rand(batch, 9, vocab)
     probs[torch.rand(batch, 9) < 0.3] = float("nan")

@@ -12,7 +12,7 @@ from kernel_checks import (
     check_capture,
     check_no_host_sync,
     int32,
-    lose_laws,
+    lose_distributions,
     needs_device,
     needs_kernels,
     raw,
@@ -277,10 +277,10 @@ def test_accept_block_without_anything_left():
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5])
-def test_accept_block_of_no_law(num_tokens):
+def test_accept_block_of_no_distribution(num_tokens):
     window, draft, target = chain(12, num_tokens, 60)
     seed, position = seeds(12), int32([7] * 12)
-    lose_laws(window, draft, seed, position)
+    lose_distributions(window, draft, seed, position)
     check(accept_block.accept_block, accept_block.accept_block_cuda, window, draft, target, seed, position)
 
 

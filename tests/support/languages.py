@@ -1,4 +1,4 @@
-"""Toy languages whose law is known: what a sampler's text is compared with."""
+"""Toy languages whose distribution is known: what a sampler's text is compared with."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from spec_compile.ops.sampling import DRAFT_STREAM, sample_token
 VOCAB, DRAFTS = 4, 3
 
 
-def conditional_law(temperature=1.0, dtype=torch.float64):
+def conditional_distribution(temperature=1.0, dtype=torch.float64):
     """A language: for every prefix of up to DRAFTS tokens a distribution over the next. dict prefix -> [V]."""
     prefixes = [p for n in range(DRAFTS + 1) for p in itertools.product(range(VOCAB), repeat=n)]
     return {p: (torch.randn(VOCAB, dtype=dtype) * temperature).softmax(0) for p in prefixes}
 
 
-def joint_law(law):
-    """The law of DRAFTS + 1 tokens: [V] * (DRAFTS + 1)."""
-    return continued(law, ())
+def joint_distribution(distribution):
+    """The distribution of DRAFTS + 1 tokens: [V] * (DRAFTS + 1)."""
+    return continued(distribution, ())
 
 
-def continued(law, text):
-    """The law of DRAFTS + 1 tokens that begin with ``text`` and go on by ``law``: [V] * (DRAFTS + 1)."""
+def continued(distribution, text):
+    """The distribution of DRAFTS + 1 tokens that begin with ``text`` and go on by ``distribution``: [V] * (DRAFTS + 1)."""
     joint = torch.zeros([VOCAB] * (DRAFTS + 1), dtype=torch.float64)
     for rest in itertools.product(range(VOCAB), repeat=DRAFTS + 1 - len(text)):
         full = (*text, *rest)
-        steps = [law[full[:i]][full[i]] for i in range(len(text), DRAFTS + 1)]
+        steps = [distribution[full[:i]][full[i]] for i in range(len(text), DRAFTS + 1)]
         joint[full] = torch.stack(steps).prod() if steps else 1.0
     return joint
 
@@ -40,26 +40,27 @@ def one_hot(token):
     return torch.nn.functional.one_hot(torch.tensor(token), VOCAB).double()
 
 
-def restricted(law):
+def restricted(distribution):
     """A draft over part of the vocabulary: nothing outside tokens 0 and 1, as with a reduced lm_head."""
     out = {}
-    for prefix, probs in law.items():
+    for prefix, probs in distribution.items():
         kept = probs.clone()
         kept[2:] = 0
         out[prefix] = kept / kept.sum()
     return out
 
 
-def overflowing(law):
+def overflowing(distribution):
     """(what the drafts are drawn from, what the draft hands over) by a draft whose states overflow behind some texts: from
     weights that are all NaN ``sample_token`` takes token 0."""
-    lost = {prefix for prefix in law if prefix and prefix[-1] < VOCAB // 2}
+    lost = {prefix for prefix in distribution if prefix and prefix[-1] < VOCAB // 2}
     nan = torch.full((VOCAB,), float("nan"), dtype=torch.float64)
-    return {p: one_hot(0) if p in lost else q for p, q in law.items()}, {p: nan if p in lost else q for p, q in law.items()}
+    proposal = {p: one_hot(0) if p in lost else q for p, q in distribution.items()}
+    return proposal, {p: nan if p in lost else q for p, q in distribution.items()}
 
 
-def argmax_of(law):
-    return {prefix: one_hot(int(probs.argmax())) for prefix, probs in law.items()}
+def argmax_of(distribution):
+    return {prefix: one_hot(int(probs.argmax())) for prefix, probs in distribution.items()}
 
 
 def draft_tokens(proposal, seed, position):
@@ -72,8 +73,8 @@ def draft_tokens(proposal, seed, position):
     return drafts
 
 
-def tables(law, drafts, count):
-    """``law`` at the first ``count`` slots of every row of drafts: float32 [rows, count, V]."""
+def tables(distribution, drafts, count):
+    """``distribution`` at the first ``count`` slots of every row of drafts: float32 [rows, count, V]."""
     rows = [tuple(row) for row in drafts.tolist()]
-    stack = {p: torch.stack([law[p[:i]] for i in range(count)]).float() for p in set(rows)}
+    stack = {p: torch.stack([distribution[p[:i]] for i in range(count)]).float() for p in set(rows)}
     return torch.stack([stack[p] for p in rows])
